@@ -1,0 +1,276 @@
+"""The typed configuration of one training: data, model, loss, train.
+
+Every default stands once, here. Keys are written dotted (``loss.kl``) wherever a single setting is named:
+on the command line, in arms and spaces, in tables. Unknown keys and values of the wrong type are errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from autoenc import figures
+from autoenc.errors import InputError, did_you_mean
+from autoenc.yamlfile import read_yaml
+
+HEADS = ("rgb", "segmentation", "classification")
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+Split = Annotated[tuple[float, float, float], BeforeValidator(_as_tuple)]
+Heads = Annotated[tuple[Literal["rgb", "segmentation", "classification"], ...], BeforeValidator(_as_tuple)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    source: Literal["layouts", "manifest", "folder"] = "layouts"
+    """layouts: generated; manifest: a CSV file; folder: a folder of images, labels from its sub-folders"""
+    manifest: str | None = None
+    """the CSV file (source manifest) or the folder (source folder)"""
+    image_column: str = "layout_path"
+    """manifest column with image paths, relative to the manifest"""
+    label_column: str | None = "type"
+    """manifest column with class labels; none: no labels"""
+    filters: dict[str, list[str | bool | int | float | None]] = {}
+    """manifest rows to keep: column -> accepted values"""
+    palette: str | None = None
+    """YAML file {class: {rgb: [r, g, b], class_index: i}}; none: no segmentation (layouts bring their own)"""
+    palette_tolerance: Annotated[float, Field(ge=0, le=442)] = 30.0
+    """largest RGB distance to a palette colour; pixels farther off are ignored"""
+    image_size: Annotated[int, Field(ge=8, le=4096)] = 64
+    """side of the square images, pixels"""
+    fit: Literal["crop", "pad"] = "pad"
+    """how an image that is not square becomes so: cut at the centre, or padded"""
+    limit: Annotated[int, Field(ge=3, le=10_000_000)] | None = None
+    """so many items, chosen by hash of their names, not the first rows; for layouts: how many to generate"""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    """of the split, the choice under a limit, and generated layouts"""
+    split: Split = (0.8, 0.1, 0.1)
+    """shares of train, val, test"""
+    cache_dir: str | None = None
+    """where decoded data is kept; none: $AUTOENC_CACHE, else ~/.cache/autoenc"""
+    allow_outside: bool = False
+    """accept manifest paths that lead out of the manifest's folder"""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.source != "layouts" and self.manifest is None:
+            what = "a CSV file" if self.source == "manifest" else "a folder of images"
+            raise ValueError(f"data.manifest: source {self.source!r} needs it: the path of {what}")
+        if any(share < 0 for share in self.split) or abs(sum(self.split) - 1) > 1e-6:
+            raise ValueError(f"data.split: {list(self.split)} must be three shares that sum to 1")
+        if self.split[0] == 0 or self.split[1] == 0:
+            raise ValueError(f"data.split: {list(self.split)} leaves nothing to train on or to validate with")
+        return self
+
+
+class ModelConfig(Section):
+    kind: Literal["conv2d"] = "conv2d"
+    latent_channels: Annotated[int, Field(ge=1, le=4096)] = 8
+    base_channels: Annotated[int, Field(ge=1, le=1024)] = 32
+    """channels of the first level; they double per level"""
+    downsampling_steps: Annotated[int, Field(ge=1, le=8)] = 4
+    """levels; the latent's side is image_size / 2**steps"""
+    variational: bool = False
+    latent: Literal["mean", "sample"] = "mean"
+    """what a VAE's encode() returns as the latent"""
+    heads: Heads | None = None
+    """decoder heads; none: rgb, and those whose loss weight is above 0"""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.heads is not None and "rgb" not in self.heads:
+            raise ValueError(f"model.heads: {list(self.heads)} lacks 'rgb', which every figure is measured on")
+        if self.heads is not None and len(set(self.heads)) < len(self.heads):
+            raise ValueError(f"model.heads: {list(self.heads)} names a head twice")
+        return self
+
+
+class LossConfig(Section):
+    """Weights of the loss terms; 0 leaves a term out."""
+
+    mse: Weight = 1.0
+    l1: Weight = 0.0
+    segmentation: Weight = 0.0
+    classification: Weight = 0.0
+    kl: Weight = 0.0
+    """mean over latent dimensions; without effect unless model.variational"""
+
+    @model_validator(mode="after")
+    def _check(self) -> LossConfig:
+        if not any((self.mse, self.l1, self.segmentation, self.classification)):
+            raise ValueError("loss: every weight is 0, so there is nothing to train for")
+        return self
+
+
+class TrainConfig(Section):
+    epochs: Annotated[int, Field(ge=1, le=100_000)] = 10
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 16
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """of AdamW"""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    patience: Annotated[int, Field(ge=1)] | None = 3
+    """epochs without improvement of the monitored figure before training ends; none: never"""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """smallest change of the monitored figure that counts as improvement (absolute)"""
+    monitor: str = "val/mse"
+    """the figure that names the best epoch and that patience watches"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """fp16 needs a GPU"""
+    sample_every: Annotated[int, Field(ge=0)] = 5
+    """sample images at the first epoch and every so many; 0: never"""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.monitor not in figures.MONITORED:
+            near = did_you_mean(self.monitor, figures.MONITORED)
+            raise ValueError(f"train.monitor: {self.monitor!r} is no figure of the validation split{near}")
+        return self
+
+
+class Config(Section):
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        steps, size = self.model.downsampling_steps, self.data.image_size
+        if size % 2**steps:
+            raise ValueError(f"data.image_size: {size} is not divisible by {2**steps} "
+                             f"(2 to the power of model.downsampling_steps, {steps})")
+        for head in ("segmentation", "classification"):
+            weight = getattr(self.loss, head)
+            if weight > 0 and head not in self.heads:
+                raise ValueError(f"loss.{head}: weight {weight} for a head that model.heads "
+                                 f"({', '.join(self.heads)}) leaves out")
+        return self
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The decoder heads, in a fixed order, the default resolved."""
+        if self.model.heads is not None:
+            return tuple(head for head in HEADS if head in self.model.heads)
+        return tuple(head for head in HEADS if head == "rgb" or getattr(self.loss, head) > 0)
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """The loss terms that take part, with their weights; ``kl`` only for a variational model."""
+        weights = {name: weight for name, weight in self.loss if weight > 0}
+        if not self.model.variational:
+            weights.pop("kl", None)
+        return weights
+
+    def flat(self) -> dict[str, Any]:
+        """All settings by dotted key, as plain values that YAML and JSON hold."""
+        return {f"{section}.{key}": list(value) if isinstance(value, tuple) else value
+                for section, part in self for key, value in part}
+
+    def nested(self) -> dict[str, dict[str, Any]]:
+        """All settings as nested mappings of plain values: what a ``config:`` in YAML holds."""
+        return nest(self.flat())
+
+
+SECTIONS: dict[str, type[Section]] = {"data": DataConfig, "model": ModelConfig, "loss": LossConfig,
+                                      "train": TrainConfig}
+KEYS = tuple(f"{section}.{key}" for section, part in SECTIONS.items() for key in part.model_fields)
+PATH_KEYS = ("data.manifest", "data.palette", "data.cache_dir")
+
+
+def flatten(settings: Any, where: str) -> dict[str, Any]:
+    """Settings by dotted key, from nested mappings, dotted keys or both.
+
+    Raises :class:`InputError` for anything that names no setting; ``where`` says whose they are.
+    """
+    if settings is None:
+        return {}
+    if not isinstance(settings, Mapping):
+        raise InputError(f"{where}: {settings!r} should be a mapping of settings, like {{train: {{epochs: 10}}}}")
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key in SECTIONS:
+            if not isinstance(value, Mapping):
+                raise InputError(f"{where}: {key}: {value!r} should be a mapping of its settings"
+                                 f" ({', '.join(SECTIONS[key].model_fields)})")
+            inner = {f"{key}.{name}": item for name, item in value.items()}
+        else:
+            inner = {str(key): value}
+        for name, item in inner.items():
+            if name not in KEYS:
+                raise InputError(f"{where}: {name!r} is no setting{_near_key(name)}")
+            if name in flat:
+                raise InputError(f"{where}: {name} is given twice")
+            flat[name] = item
+    return flat
+
+
+def _near_key(name: str) -> str:
+    by_leaf = [key for key in KEYS if key.split(".")[1] == name]
+    section = name.split(".")[0]
+    return did_you_mean(name, by_leaf or ([key for key in KEYS if key.startswith(section + ".")]
+                                          if section in SECTIONS else [*KEYS, *SECTIONS]))
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Nested mappings from dotted keys, in the order of the keys."""
+    nested: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        section, name = key.split(".", 1)
+        nested.setdefault(section, {})[name] = value
+    return nested
+
+
+def make_config(flat: Mapping[str, Any], where: str) -> Config:
+    """The configuration of these settings, all others at their defaults. Raises :class:`InputError`."""
+    try:
+        return Config.model_validate(nest(flat))
+    except ValidationError as error:
+        raise InputError(describe(error, where)) from None
+
+
+def describe(error: ValidationError, where: str, known: Iterable[str] | None = None) -> str:
+    """A pydantic error as one message a line: where, key, value, what is wrong with it."""
+    lines = []
+    for item in error.errors(include_url=False):
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            said = f"unknown key {key!r}{did_you_mean(item['loc'][-1], known or ())}"
+        elif item["type"] == "value_error":      # our own checks name key and value themselves
+            said = str(item["ctx"]["error"])
+        else:
+            said = f"{key}: {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+        if said not in lines:
+            lines.append(said)
+    return "\n".join(f"{where}: {line}" for line in lines)
+
+
+def absolute_paths(flat: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The same settings with relative paths made absolute from ``folder``."""
+    return {key: str((folder / Path(value).expanduser()).resolve())
+            if key in PATH_KEYS and isinstance(value, str) else value for key, value in flat.items()}
+
+
+def load_config(path: str | Path) -> Config:
+    """Read one configuration: a ``best_config.yaml`` or any YAML file with ``config:`` or the sections themselves.
+
+    Paths in it are relative to the file. Raises :class:`InputError`.
+    """
+    content = read_yaml(path)
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path}: should hold a configuration: config: {{data: …, model: …, loss: …, train: …}}")
+    if "arms" in content or "space" in content:
+        raise InputError(f"{path}: is a sweep, not one configuration; run it with: python tune_runner.py {path}")
+    flat = flatten(content["config"] if "config" in content else content, str(path))
+    return make_config(absolute_paths(flat, Path(path).resolve().parent), str(path))

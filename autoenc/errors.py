@@ -1,0 +1,43 @@
+"""The one exception for input that a person can put right."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+
+class InputError(Exception):
+    """What was given (command, sweep file, configuration, data, cluster) is wrong: exit code 2.
+
+    The message names the file, the key and the value, in words for the person who wrote them.
+    """
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """``" (did you mean 'x'?)"`` where a known name is near, else the known names if they are few."""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
+    if near:
+        return f" (did you mean {near[0]!r}?)"
+    return f" (known: {', '.join(known)})" if 0 < len(known) <= 30 else ""
+
+
+def command(main: Callable[[list[str]], int]) -> None:
+    """Run a command's ``main(arguments)`` and end the process with the exit codes all commands share:
+    2 for wrong input, told in one message without a traceback; 130 when interrupted."""
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted: what was done is kept; the same command goes on from here", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        # The reader of a pipe (head, less) left: not an error, but the interpreter would flush again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)

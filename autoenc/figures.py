@@ -1,0 +1,42 @@
+"""The names of all figures that training reports, and which way each is better. No torch here.
+
+A figure of a data split is written ``val/mse``; the others stand alone (``latent/std``, ``parameters``).
+"""
+
+from __future__ import annotations
+
+from autoenc.errors import InputError, did_you_mean
+
+PER_SPLIT = {
+    "loss": "min",                      # weighted sum of the loss terms
+    "mse": "min", "l1": "min", "psnr": "max", "ssim": "max",
+    "mse_sampled": "min",               # a VAE's error when it decodes a draw instead of the posterior's mean
+    "palette_miou": "max",
+    "segmentation_ce": "min", "segmentation_accuracy": "max", "segmentation_miou": "max",
+    "classification_ce": "min", "classification_accuracy": "max",
+    "kl": "min", "kl_nats": "min", "nelbo": "min",
+}
+ALONE = {
+    "latent/mean": "min", "latent/std": "min", "latent/active_units": "max", "latent/smoothness": "min",
+    "latent_size": "min", "parameters": "min",
+    "train/grad_norm": "min", "train/spikes": "min", "beta": "max",
+}
+MODES = {**{f"{split}/{name}": mode for split in ("train", "val") for name, mode in PER_SPLIT.items()}, **ALONE}
+
+WEIGHTED = ("train/loss", "val/loss")                    # change with the loss weights: no fair objective over them
+AFTER_TRAINING = ("latent/smoothness",)                  # computed once, on the best weights of a completed trial
+MONITORED = tuple(name for name in MODES if name.startswith("val/"))
+
+
+def better(mode: str, left: float, right: float) -> bool:
+    """Whether ``left`` beats ``right``; NaN beats nothing and loses to every number."""
+    if left != left or right != right:
+        return left == left and right != right
+    return left < right if mode == "min" else left > right
+
+
+def check_figure(name: str, where: str) -> str:
+    """The name itself. Raises :class:`InputError` for a figure that training does not report."""
+    if name not in MODES:
+        raise InputError(f"{where}: {name!r} is no figure{did_you_mean(name, MODES)}")
+    return name

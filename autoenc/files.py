@@ -1,0 +1,53 @@
+"""Writing files so that a reader, or a kill at any moment, never meets a half-written one."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary name beside ``path`` that takes its place when the block ends well, and goes when it does not."""
+    path = Path(path)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(descriptor)
+    beside = Path(name)
+    try:
+        yield beside
+        umask = os.umask(0)
+        os.umask(umask)
+        beside.chmod(0o666 & ~umask)      # mkstemp makes it private; outputs follow the person's umask
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_atomic(path: str | os.PathLike, content: str | bytes | Callable[[BinaryIO], None]) -> None:
+    """Write a whole file beside its place, flush it to disk and rename it."""
+    with replacing(path) as beside, beside.open("wb") as file:
+        if callable(content):
+            content(file)
+        else:
+            file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def append_line(path: str | os.PathLike, line: str) -> None:
+    """Append one line with a single write, so that lines of several writers never mix."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        os.write(descriptor, line.rstrip("\n").encode() + b"\n")
+    finally:
+        os.close(descriptor)
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text. Raises ValueError for NaN and infinity."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
