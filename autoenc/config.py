@@ -23,8 +23,15 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _as_lists(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {key: accepted if isinstance(accepted, list) else [accepted] for key, accepted in value.items()}
+
+
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Split = Annotated[tuple[float, float, float], BeforeValidator(_as_tuple)]
+Filters = Annotated[dict[str, list[str | bool | int | float | None]], BeforeValidator(_as_lists)]
 Heads = Annotated[tuple[Literal["rgb", "segmentation", "classification"], ...], BeforeValidator(_as_tuple)]
 
 
@@ -41,8 +48,8 @@ class DataConfig(Section):
     """manifest column with image paths, relative to the manifest"""
     label_column: str | None = "type"
     """manifest column with class labels; none: no labels"""
-    filters: dict[str, list[str | bool | int | float | None]] = {}
-    """manifest rows to keep: column -> accepted values"""
+    filters: Filters = {}
+    """manifest rows to keep: column -> accepted values (or the one)"""
     palette: str | None = None
     """YAML file {class: {rgb: [r, g, b], class_index: i}}; none: no segmentation (layouts bring their own)"""
     palette_tolerance: Annotated[float, Field(ge=0, le=442)] = 30.0
@@ -173,6 +180,22 @@ class Config(Section):
             weights.pop("kl", None)
         return weights
 
+    def identity(self) -> dict[str, Any]:
+        """Everything here that can change an epoch's result, and nothing else: part of a trajectory's key.
+
+        Out of it: paths and names (the decoded data has a fingerprint of its own), and what only decides when to stop.
+        A setting added later goes in only where it differs from what was done before it existed, so that stored
+        trajectories keep their keys.
+        """
+        model = {"kind": self.model.kind, "latent_channels": self.model.latent_channels,
+                 "base_channels": self.model.base_channels, "downsampling_steps": self.model.downsampling_steps,
+                 "variational": self.model.variational, "heads": list(self.heads)}
+        if self.model.variational:
+            model["latent"] = self.model.latent
+        train = {key: getattr(self.train, key)
+                 for key in ("batch_size", "learning_rate", "weight_decay", "seed", "precision", "monitor")}
+        return {"model": model, "loss": self.loss_weights, "train": train}
+
     def flat(self) -> dict[str, Any]:
         """All settings by dotted key, as plain values that YAML and JSON hold."""
         return {f"{section}.{key}": list(value) if isinstance(value, tuple) else value
@@ -274,3 +297,33 @@ def load_config(path: str | Path) -> Config:
         raise InputError(f"{path}: is a sweep, not one configuration; run it with: python tune_runner.py {path}")
     flat = flatten(content["config"] if "config" in content else content, str(path))
     return make_config(absolute_paths(flat, Path(path).resolve().parent), str(path))
+
+
+def check_heads(config: Config, classes: int, labels: int) -> None:
+    """Raise :class:`InputError` for heads, or a monitored figure, that this data cannot serve.
+
+    ``classes`` is the number of segmentation classes, ``labels`` that of image labels (0: the data has none).
+    """
+    problems = []
+    for head, have, need, what in (("segmentation", classes, 1, "segmentation classes (data.palette)"),
+                                   ("classification", labels, 2, "two or more labels (data.label_column)")):
+        weight = getattr(config.loss, head)
+        if head in config.heads and have < need:
+            drop = f"loss.{head}=0" if weight > 0 else f"{head!r} left out of model.heads"
+            if weight > 0 and config.model.heads is not None:
+                drop += f" and {head!r} left out of model.heads"
+            source = f"loss.{head}: {weight}" if weight > 0 else f"model.heads: {list(config.heads)}"
+            problems.append(f"{source}: the {head} head needs {what}, and the data has "
+                            f"{have or 'none'}; without the head: {drop}")
+    name = config.train.monitor.removeprefix("val/")
+    needs = {"mse_sampled": (config.model.variational, "model.variational=true"),
+             "palette_miou": (classes > 0, "segmentation classes (data.palette)")}
+    needs.update(dict.fromkeys(("kl", "kl_nats", "nelbo"), needs["mse_sampled"]))
+    for head in ("segmentation", "classification"):
+        if name.startswith(head):
+            needs[name] = (head in config.heads, f"the {head} head (loss.{head} above 0, or model.heads)")
+    served, what = needs.get(name, (True, ""))
+    if not served:
+        problems.append(f"train.monitor: {config.train.monitor!r} is reported only with {what}")
+    if problems:
+        raise InputError("\n".join(problems))

@@ -5,6 +5,9 @@ A figure of a data split is written ``val/mse``; the others stand alone (``laten
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from autoenc.errors import InputError, did_you_mean
 
 PER_SPLIT = {
@@ -24,6 +27,7 @@ ALONE = {
 MODES = {**{f"{split}/{name}": mode for split in ("train", "val") for name, mode in PER_SPLIT.items()}, **ALONE}
 
 WEIGHTED = ("train/loss", "val/loss")                    # change with the loss weights: no fair objective over them
+EITHER_WAY = ("latent/mean", "latent/std", "beta", "val/kl", "val/kl_nats", "train/kl", "train/kl_nats")
 AFTER_TRAINING = ("latent/smoothness",)                  # computed once, on the best weights of a completed trial
 MONITORED = tuple(name for name in MODES if name.startswith("val/"))
 
@@ -33,6 +37,34 @@ def better(mode: str, left: float, right: float) -> bool:
     if left != left or right != right:
         return left == left and right != right
     return left < right if mode == "min" else left > right
+
+
+def best_epoch(values: Sequence[float], mode: str) -> int:
+    """The epoch (1-based) of the best value, the earliest of equals; 0 if there is none but NaN."""
+    best = 0
+    for epoch, value in enumerate(values, start=1):
+        if better(mode, value, values[best - 1] if best else math.nan):
+            best = epoch
+    return best
+
+
+def patience_over(values: Sequence[float], mode: str, patience: int | None, min_delta: float = 0.0) -> bool:
+    """Whether training would have ended with or before the last of these values (one an epoch).
+
+    It ends after ``patience`` epochs in a row none of which improved on the best by more than ``min_delta``
+    (None: never). NaN is no improvement. Once over it stays over, whatever follows.
+    """
+    if patience is None:
+        return False
+    best, waited = math.nan, 0
+    for value in values:
+        if better(mode, value + min_delta if mode == "min" else value - min_delta, best):
+            best, waited = value, 0
+        else:
+            waited += 1
+        if waited >= patience:
+            return True
+    return False
 
 
 def check_figure(name: str, where: str) -> str:

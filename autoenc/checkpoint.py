@@ -1,0 +1,108 @@
+"""Checkpoints: one mapping of plain values and tensors, saved whole, loaded without running code from the file.
+
+    format       1
+    config       the configuration, nested
+    shapes       {classes: names, labels: names, palette: [[r, g, b], …] or None}: what the heads' outputs mean
+    epoch        the last epoch trained
+    metrics      its figures
+    model        weights by name
+    optimizer, scaler    only in a checkpoint to go on from
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoenc.config import Config, flatten, make_config
+from autoenc.data import Dataset
+from autoenc.errors import InputError
+from autoenc.files import write_atomic
+from autoenc.model import Autoencoder
+
+FORMAT = 1
+RESUME_KEYS = ("optimizer", "scaler")
+KEYS = {"format": int, "config": dict, "shapes": dict, "epoch": int, "metrics": dict, "model": dict}
+
+
+def build_model(config: Config, dataset: Dataset) -> Autoencoder:
+    """A fresh model for this data, on the CPU. Raises :class:`InputError` for a head whose data is missing."""
+    shapes = data_shapes(dataset)
+    return Autoencoder(config, classes=len(shapes["classes"]), labels=len(shapes["labels"]), seed=config.train.seed)
+
+
+def data_shapes(dataset: Dataset) -> dict[str, Any]:
+    """What a checkpoint records about the data: the names behind the heads' outputs and the palette."""
+    return {"classes": list(dataset.classes) if dataset.segmentation is not None else [],
+            "labels": list(dataset.label_names) if dataset.labels is not None else [],
+            "palette": None if dataset.palette is None else dataset.palette.tolist()}
+
+
+def checkpoint_content(config: Config, shapes: Mapping[str, Any], model: Autoencoder, *, epoch: int,
+                       metrics: Mapping[str, float], optimizer: Mapping[str, Any] | None = None,
+                       scaler: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A checkpoint of this state, copied to the CPU: training on does not change it."""
+    content = {"format": FORMAT, "config": config.nested(), "shapes": dict(shapes), "epoch": epoch,
+               "metrics": dict(metrics), "model": dict(model.state_dict())}
+    if optimizer is not None:
+        content |= {"optimizer": dict(optimizer), "scaler": dict(scaler or {})}
+    return _copied(content)
+
+
+def model_checkpoint(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The same checkpoint without what only serves to go on training."""
+    return {key: value for key, value in content.items() if key not in RESUME_KEYS}
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
+
+
+def save_checkpoint(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
+    """Write a checkpoint whole."""
+    write_atomic(path, lambda file: torch.save(dict(content), file))
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """A checkpoint's content, tensors on the CPU. Raises :class:`InputError` for a file that is none or is broken."""
+    path = Path(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:      # what torch.load raises for a broken file is of a dozen kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: no readable checkpoint, or a broken one ({reason})") from None
+    if not isinstance(content, dict) or "format" not in content:
+        raise InputError(f"{path}: is no checkpoint of this program")
+    if content["format"] != FORMAT:
+        raise InputError(f"{path}: format: {content['format']!r}, and this version reads {FORMAT}")
+    wrong = [key for key, kind in KEYS.items() if not isinstance(content.get(key), kind)]
+    if wrong:
+        raise InputError(f"{path}: {', '.join(wrong)}: missing from the checkpoint, or not what belongs there")
+    return content
+
+
+def load_model(path: str | os.PathLike, device: str | torch.device = "cpu") -> Autoencoder:
+    """The model of any checkpoint, in eval mode. Raises :class:`InputError`."""
+    content = read_checkpoint(path)
+    config = make_config(flatten(content["config"], f"{path}: config"), f"{path}: config")
+    shapes = content["shapes"]
+    try:
+        with torch.device("meta"):          # neither memory nor random numbers for weights that are replaced at once
+            model = Autoencoder(config, classes=len(shapes["classes"]), labels=len(shapes["labels"]), seed=0)
+        model.load_state_dict(content["model"], assign=True)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{path}: the weights are not those of the configuration: {error}") from None
+    return model.to(device).eval()

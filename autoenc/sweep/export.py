@@ -1,0 +1,82 @@
+"""What a decided sweep hands on: best_config.yaml, and the winner's weights, figures and samples."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from autoenc.files import write_atomic
+from autoenc.sweep.decide import concession
+from autoenc.sweep.inherit import Winner, parent_hashes
+from autoenc.sweep.race import Race, Trial
+from autoenc.sweep.store import SweepFolder, copy_into
+from autoenc.trajectory import FORMAT, csv_text
+from autoenc.yamlfile import dump_yaml
+
+PACKAGES = ("autoenc", "torch", "ray", "optuna", "numpy")
+
+
+def winning_trial(race: Race, decision: Mapping[str, Any]) -> Trial | None:
+    """The winner's first seed: what is exported is never the luckiest."""
+    trials = [trial for trial in race.trials if trial.candidate.name == decision["winner"]]
+    return min(trials, key=lambda trial: trial.seed) if trials else None
+
+
+def provenance(race: Race, decision: Mapping[str, Any], parent: Winner | None, fingerprint: str) -> dict[str, Any]:
+    """Where a winner comes from: sweep, arm, scores, parents' hashes, data, what was conceded on the way, versions."""
+    trial = winning_trial(race, decision)
+    row = next(row for row in decision["candidates"] if row["arm"] == decision["winner"])
+    status = trial.run.trajectory.status()
+    return {
+        "format": FORMAT, "sweep": race.spec.name, "arm": decision["winner"], "trial": trial.name,
+        "trajectory": trial.run.key,
+        "scores": {"metric": race.spec.objective.metric, "score": row["score"], "se": row["se"], "seeds": row["seeds"],
+                   "best_epoch": int(race.figures_of(trial.run)["epoch"])},
+        "concessions": {**(dict(parent.provenance.get("concessions") or {}) if parent else {}),
+                        race.spec.name: concession(decision)},
+        "parents": parent_hashes(parent), "data": fingerprint,
+        "device": {key: status.get(key) for key in ("device", "device_name", "threads")},
+        "versions": {name: version(name) for name in PACKAGES} | (status.get("versions") or {}),
+        "content_hash": race.spec.content_hash, "content": race.spec.content,
+    }
+
+
+def missing_weights(race: Race, decision: Mapping[str, Any]) -> Trial | None:
+    """The winner's trial where the weights of its best epoch are not kept (a shorter budget's best, or thinned)."""
+    trial = winning_trial(race, decision)
+    epoch = int(race.figures_of(trial.run)["epoch"])
+    return trial if trial.run.trajectory.weights(epoch) is None else None
+
+
+def export(race: Race, decision: Mapping[str, Any], parent: Winner | None, fingerprint: str,
+           folder: SweepFolder) -> list[Path]:
+    """Write the winner's files, best_config.yaml last: once it is there, all of it is. Returns the paths."""
+    trial = winning_trial(race, decision)
+    trajectory, name = trial.run.trajectory, race.spec.export_name
+    epoch = int(race.figures_of(trial.run)["epoch"])
+    paths = [folder.path / f"{name}_checkpoint_best.pt", folder.path / f"{name}_checkpoint_latest.pt",
+             folder.path / f"{name}_metrics.csv", folder.path / "best_config.yaml"]
+    copy_into(trajectory.weights(epoch), paths[0])
+    if (trajectory.folder / "latest.pt").is_file():
+        copy_into(trajectory.folder / "latest.pt", paths[1])
+    write_atomic(paths[2], csv_text(trial.run.rows))
+    _export_samples(trajectory.folder / "samples", folder.path / "samples", len(trial.run.rows))
+    write_atomic(paths[3], dump_yaml({"config": trial.run.config.nested(),
+                                      "provenance": provenance(race, decision, parent, fingerprint)}))
+    return [path for path in paths if path.exists()]
+
+
+def _export_samples(source: Path, target: Path, epochs: int) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    for picture in sorted(source.glob("epoch_*.png")):
+        if int(picture.stem.removeprefix("epoch_")) <= epochs:
+            copy_into(picture, target / picture.name)
+
+
+def withdraw(folder: SweepFolder) -> None:
+    """A sweep without a winner leaves no best_config.yaml."""
+    (folder.path / "best_config.yaml").unlink(missing_ok=True)

@@ -1,0 +1,250 @@
+"""From sweep files to configurations: the chain of parents, the layers over each, what is stale.
+
+A configuration is made of, later over earlier: base.yaml; the parent's winner; the sweep's ``config``; presets;
+``--set``; the arm or sampled point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autoenc.config import KEYS, SECTIONS, Config, absolute_paths, flatten, make_config
+from autoenc.errors import InputError, did_you_mean
+from autoenc.files import content_hash
+from autoenc.sweep.spec import (
+    PARTIAL_KEYS,
+    PARTS,
+    Layer,
+    Spec,
+    build_spec,
+    make_part,
+    read_layer,
+    read_sweep,
+)
+from autoenc.trajectory import FORMAT
+from autoenc.yamlfile import parse_yaml, read_yaml
+
+PROJECT_SWEEPS = Path(__file__).resolve().parents[2] / "sweeps"
+
+
+@dataclass(frozen=True)
+class Override:
+    """One ``--set``: for every sweep, or for the one of that name or file stem."""
+
+    sweep: str | None
+    key: str
+    value: Any
+    text: str
+
+    def layer(self, folder: Path) -> Layer:
+        where = f"--set {self.text}"
+        section, _, name = self.key.partition(".")
+        if self.key in KEYS:
+            return Layer(where, config=absolute_paths({self.key: self.value}, folder))
+        if self.key == "asha":
+            if self.value is not False:
+                raise InputError(f"{where}: asha takes false here, or set one of its settings: --set asha.margin=10%")
+            return Layer(where, parts={"asha": False})
+        if section in PARTS and section != "objective" and name:
+            make_part(section, {name: self.value}, where, alone=True)
+            return Layer(where, parts={section: {name: self.value}})
+        if section in SECTIONS:
+            flatten({self.key: self.value}, where)           # raises, with the name that was probably meant
+        known = [*KEYS, *(f"{part}.{key}" for part in PARTS if part != "objective" for key in PARTS[part].model_fields)]
+        raise InputError(f"{where}: {self.key!r} is no setting{did_you_mean(self.key, known)}")
+
+
+def parse_override(text: str) -> Override:
+    """``KEY=VALUE`` or ``SWEEP:KEY=VALUE``; the value is read as YAML. Raises :class:`InputError`."""
+    target, equals, value = text.partition("=")
+    sweep, colon, key = target.rpartition(":")
+    if not equals or not key:
+        raise InputError(f"--set {text}: should be KEY=VALUE or SWEEP:KEY=VALUE, as in --set train.epochs=5")
+    return Override(sweep if colon else None, key.strip(), parse_yaml(value, f"--set {text}"), text)
+
+
+def find_preset(name: str, sweep: Path) -> Path:
+    """The preset's file: beside the sweep, else the project's. Raises :class:`InputError`."""
+    folders = [sweep.resolve().parent / "presets", PROJECT_SWEEPS / "presets"]
+    for folder in folders:
+        if (folder / f"{name}.yaml").is_file() and Path(name).name == name:
+            return folder / f"{name}.yaml"
+    known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+    raise InputError(f"--preset {name}: no presets/{name}.yaml beside {sweep} or in the project{did_you_mean(name, known)}")
+
+
+def load_chain(sweep: Path, presets: Sequence[str] = (), overrides: Sequence[Override] = ()) -> list[Spec]:
+    """The sweep and all it builds on, the first phase first, every layer applied and everything checked.
+
+    Raises :class:`InputError`: unreadable or wrong files, a circle of ``inherits``, a preset or ``--set`` that would
+    overwrite what a sweep of the chain decides.
+    """
+    files, base = _follow(sweep)
+    stems = {stem for path, content in files for stem in (path.stem, str(content.get("name")))}
+    for override in overrides:
+        if override.sweep is not None and override.sweep not in stems:
+            raise InputError(f"--set {override.text}: no sweep {override.sweep!r} runs here{did_you_mean(override.sweep, stems)}")
+    preset_files = [find_preset(name, sweep) for name in presets]
+    preset_layers = [read_layer(read_yaml(path) or {}, path, PARTIAL_KEYS) for path in preset_files]
+
+    chain: list[Spec] = []
+    settings = dict(base.config)
+    for index, (path, content) in enumerate(files):
+        own = [override.layer(Path.cwd()) for override in overrides
+               if override.sweep in (None, path.stem, content.get("name"))]
+        parent = files[index - 1][0] if index else None
+        spec = build_spec(path, content, parent, base, [*preset_layers, *own], settings)
+        settings |= spec.config
+        chain.append(spec)
+    _check_no_decision_overwritten(chain, preset_layers, overrides)
+    names = [spec.name for spec in chain]
+    if len(set(names)) < len(names):
+        raise InputError(f"{sweep}: two sweeps of its chain share a name ({', '.join(names)})")
+    return chain
+
+
+def _follow(sweep: Path) -> tuple[list[tuple[Path, Mapping[str, Any]]], Layer]:
+    """The files from the first phase down to ``sweep``, and the base layer under all of them."""
+    files: list[tuple[Path, Mapping[str, Any]]] = []
+    seen: list[Path] = []
+    path = sweep
+    while True:
+        if path.resolve() in seen:
+            circle = " -> ".join(p.name for p in [*seen[seen.index(path.resolve()):], path])
+            raise InputError(f"{sweep}: inherits goes in a circle: {circle}")
+        seen.append(path.resolve())
+        content = read_sweep(path)
+        if "name" not in content and files:                          # a partial file: the base of the chain
+            return files[::-1], read_layer(content, path, PARTIAL_KEYS)
+        files.append((path, content))
+        parent = content.get("inherits")
+        if parent is None:
+            break
+        if not isinstance(parent, str) or not parent:
+            raise InputError(f"{path}: inherits: {parent!r} should be the path of a sweep file")
+        target = path.parent / parent
+        if not target.is_file():
+            near = did_you_mean(parent, [file.name for file in path.parent.glob("*.yaml")])
+            raise InputError(f"{path}: inherits: {parent!r}: no such file{near}")
+        path = target
+    for base in (path.resolve().parent / "base.yaml", PROJECT_SWEEPS / "base.yaml"):
+        if base.is_file():
+            return files[::-1], read_layer(read_yaml(base) or {}, base, PARTIAL_KEYS)
+    return files[::-1], Layer("defaults")
+
+
+def _check_no_decision_overwritten(chain: list[Spec], presets: list[Layer], overrides: Sequence[Override]) -> None:
+    given = [(layer.where, None, key) for layer in presets for key in layer.config]
+    given += [(f"--set {override.text}", override.sweep, override.key) for override in overrides]
+    for where, _, key in given:
+        for spec in chain:
+            if key in spec.varied:
+                raise InputError(f"{where}: {key} is what {spec.name} ({spec.path}) varies: fixing it would overwrite its decision")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One thing to try: its settings over the starting point, and the complete configuration of its first seed."""
+
+    name: str
+    settings: dict[str, Any]
+    config: Config
+    hypothesis: str = ""
+
+
+def starting_point(spec: Spec, parent_winner: Mapping[str, Any] | None) -> dict[str, Any]:
+    """All settings under the arms: the parent's winner (or base.yaml) under this sweep's ``config``."""
+    flat = {**Config().flat(), **(parent_winner if spec.inherits else spec.base), **spec.config}
+    return make_config(flat, str(spec.path)).flat()
+
+
+def make_candidate(spec: Spec, start: Mapping[str, Any], name: str, settings: Mapping[str, Any],
+                   hypothesis: str = "") -> Candidate:
+    """Raises :class:`InputError` where the settings do not fit the starting point."""
+    return Candidate(name, dict(settings), make_config({**start, **settings}, f"{spec.path}: arms.{name}"), hypothesis)
+
+
+def arm_candidates(spec: Spec, start: Mapping[str, Any]) -> list[Candidate]:
+    """The arms; a sweep that varies nothing has one candidate, the parent's winner under this sweep's settings."""
+    if not spec.arms and not spec.space:
+        return [make_candidate(spec, start, "parent", {})]
+    return [make_candidate(spec, start, name, arm.settings, arm.hypothesis) for name, arm in spec.arms.items()]
+
+
+@dataclass(frozen=True)
+class Winner:
+    """What a finished sweep left in its ``best_config.yaml``."""
+
+    sweep: str
+    settings: dict[str, Any]
+    provenance: Mapping[str, Any]
+
+    @property
+    def hash(self) -> str:
+        """Of the winning configuration, paths aside: what the sweeps below build on."""
+        return winner_hash(self.settings)
+
+
+def winner_hash(settings: Mapping[str, Any]) -> str:
+    return content_hash({key: value for key, value in settings.items() if not key.startswith("data.")})
+
+
+def read_winner(folder: Path) -> Winner | None:
+    """The winner in a sweep's output folder; None where there is none. Raises :class:`InputError` for a broken file."""
+    path = folder / "best_config.yaml"
+    if not path.is_file():
+        return None
+    content = read_yaml(path)
+    if not isinstance(content, Mapping) or not isinstance(content.get("provenance"), Mapping) or "config" not in content:
+        raise InputError(f"{path}: is no best_config.yaml (config and provenance are missing)")
+    settings = flatten(content["config"], f"{path}: config")
+    return Winner(folder.name, make_config(settings, str(path)).flat(), content["provenance"])
+
+
+def stale_reasons(spec: Spec, winner: Winner | None, parent: Winner | None, fingerprint: str | None) -> list[str]:
+    """Why this sweep must be run; empty where its result stands.
+
+    ``fingerprint`` of its data; None where the data has not been decoded yet (then nothing is said about it).
+    """
+    if winner is None:
+        return ["has no winner yet"]
+    had = winner.provenance
+    reasons = []
+    if had.get("format") != FORMAT:
+        reasons.append(f"was written in format {had.get('format')}, this is {FORMAT}")
+    if had.get("content_hash") != spec.content_hash:
+        reasons += _differences(had.get("content") or {}, spec.content) or ["its content changed"]
+    if (had.get("parents") or {}) != parent_hashes(parent):
+        reasons.append(f"the winner of {parent.sweep} changed" if parent else "its parent changed")
+    if fingerprint is not None and had.get("data") != fingerprint:
+        reasons.append("its data changed")
+    return reasons
+
+
+def parent_hashes(parent: Winner | None) -> dict[str, str]:
+    """Parent sweep -> hash of its winning configuration, up to the first phase."""
+    return {} if parent is None else {**(parent.provenance.get("parents") or {}), parent.sweep: parent.hash}
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    said = []
+    for part in now:
+        old, new = before.get(part), now[part]
+        if old == new:
+            continue
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+            prefix = "" if part == "config" else f"{part}."
+            said += [f"{prefix}{key}: {_short(old.get(key))} -> {_short(new.get(key))}" for key in keys]
+        else:
+            said.append(f"{part} changed")
+    return said
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "…"
+

@@ -1,0 +1,106 @@
+"""One sweep from its file to its decision, in steps that read the output folder and write to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autoenc.config import Config, DataConfig, check_heads
+from autoenc.sweep import export, inherit
+from autoenc.sweep.decide import decide
+from autoenc.sweep.inherit import Candidate, Winner
+from autoenc.sweep.race import Race
+from autoenc.sweep.spec import Spec
+from autoenc.sweep.store import Store, SweepFolder
+from autoenc.trajectory import trajectory_key
+
+if TYPE_CHECKING:
+    from autoenc.data import Dataset
+    from autoenc.sweep.run_ray import Cluster
+
+
+@dataclass
+class Phase:
+    """A sweep in an output folder, its starting configuration made."""
+
+    spec: Spec
+    output: Path
+    parent: Winner | None
+    start: dict[str, Any]
+    arms: list[Candidate]
+    dataset: Dataset | None            # None: not decoded yet (only in a dry run)
+    reasons: list[str] = field(default_factory=list)       # why it must run; empty: its result stands
+
+    @property
+    def folder(self) -> SweepFolder:
+        return SweepFolder(self.output, self.spec.name)
+
+    @property
+    def store(self) -> Store:
+        return Store(self.output)
+
+    def race(self, device_kind: str, emit: Callable[..., None] = lambda **event: None) -> Race:
+        """The sweep's race as the store has it. Writes nothing unless ``emit`` does."""
+        fingerprint = self.dataset.fingerprint
+
+        def key_of(config: Config) -> str:
+            return trajectory_key(config, fingerprint, device_kind)
+
+        return Race(self.spec, self.start, self.arms, key_of=key_of, open_trajectory=self.store.open, emit=emit,
+                    past=self.folder.events(), retry=bool(self.reasons))
+
+    @contextmanager
+    def writing(self) -> Iterator[SweepFolder]:
+        with self.folder.writing():
+            yield self.folder
+
+
+def open_phase(spec: Spec, output: Path, dataset_of: Callable[[DataConfig], Dataset | None]) -> Phase:
+    """Resolve a sweep against what its parent left. Raises :class:`InputError` where arms and data do not fit."""
+    parent = inherit.read_winner(output / _parent_name(spec)) if spec.inherits else None
+    start = inherit.starting_point(spec, parent.settings if parent else spec.base)
+    arms = inherit.arm_candidates(spec, start)
+    dataset = dataset_of((arms[0].config if arms else inherit.make_candidate(spec, start, "start", {}).config).data)
+    if dataset is not None:
+        for arm in arms:
+            check_heads(arm.config, len(dataset.classes), len(dataset.label_names))
+    winner = inherit.read_winner(output / spec.name)
+    reasons = inherit.stale_reasons(spec, winner, parent, dataset.fingerprint if dataset else None)
+    return Phase(spec, output, parent, start, arms, dataset, reasons)
+
+
+def _parent_name(spec: Spec) -> str:
+    from autoenc.sweep.spec import read_sweep
+
+    return str(read_sweep(spec.inherits).get("name"))
+
+
+def conclude(phase: Phase, race: Race, folder: SweepFolder,
+             restore: Callable[[Any], None]) -> tuple[dict[str, Any], list[Path]]:
+    """Decide, write decision.json and trials.csv, and export the winner. ``restore(trial)`` trains weights once more
+    where those that the decision needs are not kept. Returns the decision and the exported files."""
+    order = list(dict.fromkeys(trial.candidate.name for trial in race.trials))
+    decision = decide(race.records(), order, race.spec.objective, race.spec.decision)
+    folder.link_trials(race)
+    if decision["winner"] is None:
+        folder.write_trials(race)
+        folder.write_json("decision.json", decision)
+        export.withdraw(folder)
+        return decision, []
+    trial = export.missing_weights(race, decision)
+    if trial is not None:
+        restore(trial)
+    files = export.export(race, decision, phase.parent, phase.dataset.fingerprint, folder)
+    folder.write_trials(race)
+    folder.write_json("decision.json", decision)
+    return decision, files
+
+
+def cluster_kind(cluster: Cluster | None) -> str:
+    """The kind of device that trials will run on; before a cluster is there, what this machine has."""
+    if cluster is not None:
+        return cluster.device_kind
+    return "cuda" if any(Path("/proc/driver/nvidia/gpus").glob("*")) else "cpu"

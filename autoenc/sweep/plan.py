@@ -1,0 +1,192 @@
+"""What a person sees before a sweep starts and after it ended. Text only; nothing is computed here that matters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from autoenc.config import Config
+from autoenc.sweep.decide import compounded
+from autoenc.sweep.inherit import Candidate, Winner
+from autoenc.sweep.race import Race
+from autoenc.sweep.spec import Spec
+
+BYTES_PER_PARAMETER = 4 * (3 + 1)            # latest.pt: weights and two moments of AdamW; best.pt: weights
+
+
+def show_chain(console: Console, rows: Sequence[tuple[Spec, list[str], Winner | None]]) -> None:
+    """Which sweeps will run, which stand, and why."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("sweep", "state", "why"):
+        table.add_column(column, overflow="fold")
+    for spec, reasons, winner in rows:
+        state = "will run" if reasons else "stands"
+        why = "; ".join(reasons) if reasons else f"winner {winner.provenance.get('arm')}"
+        table.add_row(spec.name, f"[{'yellow' if reasons else 'green'}]{state}[/]", escape(why))
+    console.print(table)
+
+
+def show_plan(console: Console, spec: Spec, arms: Sequence[Candidate], parent: Winner | None, race: Race | None,
+              slots: int | None, seconds_per_epoch: float | None, data: str, parent_known: bool = True) -> None:
+    """The plan of one sweep: inherited winner, arms as differences, budget at most, slots, data."""
+    console.print()
+    console.rule(f"[bold]{spec.name}[/]", align="left")
+    if spec.description:
+        console.print(f"[dim]{escape(spec.description)}[/]")
+    if parent is not None:
+        console.print(f"starts from  {parent.sweep}: winner [bold]{parent.provenance.get('arm')}[/]")
+    elif spec.inherits:
+        name = "its winner" if parent_known else "its winner, once that has run"
+        console.print(f"starts from  {spec.inherits.name}: {name}")
+    else:
+        console.print("starts from  base.yaml")
+    if data:
+        console.print(f"data         {escape(data)}")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("arm")
+    table.add_column("differs from its start by", overflow="fold")
+    table.add_column("stored epochs", justify="right")
+    table.add_column("hypothesis", overflow="fold", style="dim")
+    for arm in arms:
+        stored = race.runs[race.key_of(arm.config)].stored if race else 0
+        changes = ", ".join(f"{key} {value}" for key, value in arm.settings.items()) or "nothing"
+        table.add_row(arm.name, escape(changes), f"{stored} of {arm.config.train.epochs}", escape(arm.hypothesis))
+    if not any(arm.hypothesis for arm in arms):
+        table.columns.pop()
+    console.print(table)
+    console.print("budget       " + _budget(spec, arms, race, slots, seconds_per_epoch))
+    console.print("rule         " + rule_in_words(spec))
+
+
+def _budget(spec: Spec, arms: Sequence[Candidate], race: Race | None, slots: int | None,
+            seconds_per_epoch: float | None) -> str:
+    sampled = spec.trials - len(arms) if spec.space else 0
+    each = max((arm.config.train.epochs for arm in arms), default=spec.config.get("train.epochs", Config().train.epochs))
+    stored = sum(run.stored for run in race.runs.values()) if race else 0
+    first = sum(arm.config.train.epochs for arm in arms) + max(0, sampled) * each
+    repeats = (spec.decision.repeats - 1) * each * spec.trials
+    most = max(0, first - stored) + repeats
+    said = [f"at most {most} epochs" + (f" ({repeats} of them further seeds for the finalists)" if repeats else "")]
+    disk = sum(parameters(arm.config) for arm in arms) * spec.decision.repeats * BYTES_PER_PARAMETER
+    said.append(f"{disk / 1e6:,.0f} MB on disk")
+    if slots:
+        said.append(f"{slots} at a time")
+    if seconds_per_epoch and slots:
+        said.append(f"about {duration(most * seconds_per_epoch / slots)} at the stored pace")
+    return ", ".join(said)
+
+
+def parameters(config: Config) -> int:
+    """Parameters of the model, by its architecture's arithmetic: known before torch is loaded, biases left out."""
+    model = config.model
+    channels = [model.base_channels * 2**level for level in range(model.downsampling_steps)]
+    latent = model.latent_channels
+    total = 9 * channels[-1] ** 2 * 2 + channels[-1] * latent * (3 if model.variational else 2)
+    for inner, outer in zip(channels, [3, *channels], strict=False):
+        total += 9 * outer * inner + 16 * inner**2                   # encoder: conv 3×3, conv 4×4
+        narrow = outer if outer != 3 else channels[0]
+        total += 16 * inner * narrow + 9 * narrow**2                 # decoder: transposed conv 4×4, conv 3×3
+    return total + 27 * channels[0]
+
+
+def rule_in_words(spec: Spec) -> str:
+    """The decision rule as a sentence."""
+    rule, objective = spec.decision, spec.objective
+    words = f"{'smallest' if objective.direction == 'min' else 'largest'} {objective.metric}"
+    if rule.within:
+        words += f"; whatever is within {100 * rule.within:.3g}% of it is as good"
+        words += " (if shown over the seeds)" if rule.evidence == "shown" else ""
+    if rule.prefer:
+        words += ", then " + ", then ".join(
+            f"{'smaller' if p.direction == 'min' else 'larger'} {p.metric}"
+            + (f" (within {100 * p.within:.3g}%)" if p.within else "") for p in rule.prefer)
+    if rule.require:
+        words += "; required: " + ", ".join(
+            f"{r.metric}" + (f" ≥ {r.min:g}" if r.min is not None else "") + (f" ≤ {r.max:g}" if r.max is not None else "")
+            for r in rule.require)
+    if rule.repeats > 1:
+        words += f"; {rule.repeats} seeds for the finalists"
+    if rule.pick:
+        words += f"; picked by a person: {rule.pick}"
+    return words
+
+
+def show_decision(console: Console, race: Race, decision: Mapping[str, Any], winner: Winner | None,
+                  files: Sequence[Path], improving_margin: float) -> None:
+    """The decision in words: the table, the reasons, what was stopped, warnings, where the files are."""
+    console.print()
+    table = Table(box=None, pad_edge=False, header_style="bold", title=None)
+    metric = race.spec.objective.metric
+    extra = [p.metric for p in race.spec.decision.prefer]
+    shown = list(dict.fromkeys([metric, *(["val/psnr"] if metric == "val/mse" else []), *extra]))
+    for column in ("arm", "verdict", "seeds", "epochs", *shown):
+        table.add_column(column, justify="left" if column in ("arm", "verdict") else "right")
+    by_name: dict[str, list[dict]] = {}
+    for trial in race.trials:
+        by_name.setdefault(trial.candidate.name, []).append(race.figures_of(trial.run))
+    for row in decision["candidates"]:
+        values = []
+        for name in shown:
+            known = [found[name] for found in by_name[row["arm"]] if name in found]
+            values.append(f"{sum(known) / len(known):,.4g}" if known else "")
+        style = "bold green" if row["verdict"] == "winner" else None
+        table.add_row(row["arm"], row["verdict"], str(len(row["seeds"])), str(row["epochs"]), *values, style=style)
+    console.print(table)
+    for reason in decision["reasons"]:
+        console.print(f"  · {escape(reason)}", highlight=False)
+    for row in decision["candidates"]:
+        if row["verdict"].startswith("behind") or row["verdict"] in ("diverged", "failed"):
+            for reason in row["reasons"]:
+                console.print(f"  · {escape(reason)}", highlight=False)
+    concessions = dict(winner.provenance.get("concessions") or {}) if winner else {}
+    if winner and compounded(list(concessions.values())) > 0:
+        parts = ", ".join(f"{name} {100 * share:.3g}%" for name, share in concessions.items() if share > 0)
+        total = 100 * compounded(list(concessions.values()))
+        console.print(f"  · conceded to preferences so far: {parts}; together {total:.3g}%", highlight=False)
+    late = [record for record in race.records() if record.improving > improving_margin]
+    if late:
+        names = ", ".join(f"{record.trial} ({100 * record.improving:.2g}%)" for record in late)
+        console.print(f"[yellow]  ! still improving by more than {100 * improving_margin:.2g}% over the last 3 epochs: "
+                      f"{names}; more epochs may change the ranking[/]", highlight=False)
+    trained = sum(run.trained for run in race.runs.values())
+    stored = sum(min(run.stored, len(run.rows)) for run in race.runs.values())
+    spared = sum(run.config.train.epochs - len(run.rows) for run in race.runs.values() if run.state == "stopped")
+    console.print(f"  · epochs: {trained} trained, {stored} from the store, {spared} spared by early stopping",
+                  highlight=False)
+    for path in files:
+        console.print(f"  → {_near(path)}", highlight=False, soft_wrap=True)
+
+
+def improving_margin(spec: Spec) -> float:
+    """From which share on a trial counts as still improving: the rule's ``within``, else 5%."""
+    return spec.decision.within or 0.05
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the largest fitting units."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def data_in_words(dataset: Any) -> str:
+    """Counts, size, classes, duplicates of a data set."""
+    counts = ", ".join(f"{len(index):,} {name}" for name, index in dataset.splits.items())
+    words = f"{len(dataset.images):,} images of {dataset.images.shape[1]} px ({counts})"
+    if dataset.duplicates:
+        words += f", {dataset.duplicates:,} exact duplicates (kept on one side of the split)"
+    if dataset.classes:
+        words += f", {len(dataset.classes)} classes"
+    return words
+
+
+def _near(path: Path) -> str:
+    relative = os.path.relpath(path)
+    return relative if len(relative) < len(str(path)) else str(path)
+

@@ -1,0 +1,217 @@
+"""What a sweep may vary beyond its arms: typed parameters, conditions, and how a point is drawn.
+
+A point is a mapping of settings by dotted key, like an arm's. Drawing goes through an Optuna trial (any object with
+its ``suggest_*`` methods), so that this module imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from autoenc.config import KEYS, describe
+from autoenc.errors import InputError, did_you_mean
+
+Scalar = bool | int | float | str | None
+ZERO = "{key} is 0"       # name of the choice between exact zero and the range
+
+
+class _Parameter(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    when: dict[str, Scalar] = {}
+    """settings under which the parameter exists at all; otherwise the starting configuration's value stays"""
+
+
+class FloatParameter(_Parameter):
+    type: Literal["float"]
+    low: float
+    high: float
+    log: bool = False
+    zero: bool = False
+    """exact 0 is possible, too"""
+    steps: Annotated[int, Field(ge=2)] | None = None
+    """values on the way from low to high, both included: for search.algorithm grid"""
+
+    @model_validator(mode="after")
+    def _check(self) -> FloatParameter:
+        _check_range(self.low, self.high, self.log)
+        return self
+
+    def draw(self, trial: Any, key: str) -> float:
+        if self.zero and trial.suggest_categorical(ZERO.format(key=key), [True, False]):
+            return 0.0
+        return trial.suggest_float(key, self.low, self.high, log=self.log)
+
+    def drawn(self, key: str, value: Any) -> dict[str, Any] | None:
+        """The Optuna parameters that give this value; None where the parameter cannot."""
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return None
+        if self.zero and value == 0:
+            return {ZERO.format(key=key): True}
+        if not self.low <= value <= self.high:
+            return None
+        return {**({ZERO.format(key=key): False} if self.zero else {}), key: float(value)}
+
+    def values(self) -> list[float]:
+        """All values of the grid."""
+        if self.steps is None:
+            raise ValueError("search.algorithm grid needs steps: how many values from low to high")
+        low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
+        inner = [low + (high - low) * i / (self.steps - 1) for i in range(1, self.steps - 1)]
+        return ([0.0] if self.zero else []) + [self.low, *(math.exp(x) if self.log else x for x in inner), self.high]
+
+
+class IntParameter(_Parameter):
+    type: Literal["int"]
+    low: int
+    high: int
+    """included"""
+    log: bool = False
+    step: Annotated[int, Field(ge=1)] = 1
+
+    @model_validator(mode="after")
+    def _check(self) -> IntParameter:
+        _check_range(self.low, self.high, self.log)
+        if self.log and self.step != 1:
+            raise ValueError("step and log exclude each other")
+        if (self.high - self.low) % self.step:
+            raise ValueError(f"high: {self.high} is not reached from {self.low} in steps of {self.step}")
+        return self
+
+    def draw(self, trial: Any, key: str) -> int:
+        return trial.suggest_int(key, self.low, self.high, step=self.step, log=self.log)
+
+    def drawn(self, key: str, value: Any) -> dict[str, Any] | None:
+        fits = (isinstance(value, int) and not isinstance(value, bool)
+                and self.low <= value <= self.high and (value - self.low) % self.step == 0)
+        return {key: value} if fits else None
+
+    def values(self) -> list[int]:
+        return list(range(self.low, self.high + 1, self.step))
+
+
+class ChoiceParameter(_Parameter):
+    type: Literal["choice"]
+    choices: Annotated[list[Scalar], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _check(self) -> ChoiceParameter:
+        if any(_same(a, b) for a, b in itertools.combinations(self.choices, 2)):
+            raise ValueError(f"choices: {self.choices} holds a value twice")
+        return self
+
+    def draw(self, trial: Any, key: str) -> Scalar:
+        return trial.suggest_categorical(key, self.choices)
+
+    def drawn(self, key: str, value: Any) -> dict[str, Any] | None:
+        return {key: value} if any(_same(value, choice) for choice in self.choices) else None
+
+    def values(self) -> list[Scalar]:
+        return list(self.choices)
+
+
+Parameter = FloatParameter | IntParameter | ChoiceParameter
+TYPES: dict[str, type[Parameter]] = {"float": FloatParameter, "int": IntParameter, "choice": ChoiceParameter}
+
+
+def _check_range(low: float, high: float, log: bool) -> None:
+    if low >= high:
+        raise ValueError(f"low: {low} is not below high: {high}")
+    if log and low <= 0:
+        raise ValueError(f"low: {low}: a log range cannot include 0 (zero: true adds exact 0)" if low == 0
+                         else f"low: {low}: a log range must be positive")
+
+
+def _same(left: Any, right: Any) -> bool:
+    return type(left) is type(right) and left == right
+
+
+def parse_space(raw: Any, where: str) -> dict[str, Parameter]:
+    """The parameters of a ``space:`` mapping, those that conditions depend on first.
+
+    Raises :class:`InputError` for unknown settings, missing or unknown types, empty ranges, conditions that name no
+    setting or go in a circle.
+    """
+    if raw is None:
+        return {}
+    if not isinstance(raw, Mapping):
+        raise InputError(f"{where}: space: {raw!r} should be a mapping of setting: {{type: …}}")
+    space: dict[str, Parameter] = {}
+    for key, content in raw.items():
+        at = f"{where}: space.{key}"
+        if key not in KEYS:
+            raise InputError(f"{where}: space: {key!r} is no setting{did_you_mean(key, KEYS)}")
+        if not isinstance(content, Mapping) or "type" not in content:
+            raise InputError(f"{at}: needs a type ({', '.join(TYPES)}), as in {{type: float, low: 0.1, high: 1.0}}")
+        kind = TYPES.get(content["type"]) if isinstance(content["type"], str) else None
+        if kind is None:
+            raise InputError(f"{at}: type: {content['type']!r} is unknown{did_you_mean(content['type'], TYPES)}")
+        try:
+            space[key] = TypeAdapter(kind).validate_python(dict(content))
+        except ValidationError as error:
+            raise InputError(describe(error, at, kind.model_fields)) from None
+        for condition in space[key].when:
+            if condition not in KEYS:
+                raise InputError(f"{at}: when: {condition!r} is no setting{did_you_mean(condition, KEYS)}")
+    return _by_dependence(space, where)
+
+
+def _by_dependence(space: dict[str, Parameter], where: str) -> dict[str, Parameter]:
+    ordered: dict[str, Parameter] = {}
+    while len(ordered) < len(space):
+        ready = [key for key, parameter in space.items()
+                 if key not in ordered and all(c in ordered or c not in space for c in parameter.when)]
+        if not ready:
+            circle = ", ".join(key for key in space if key not in ordered)
+            raise InputError(f"{where}: space: the conditions (when) of {circle} go in a circle")
+        ordered |= {key: space[key] for key in ready}
+    return ordered
+
+
+def _exists(parameter: Parameter, settings: Mapping[str, Any]) -> bool:
+    return all(settings.get(key) == value for key, value in parameter.when.items())
+
+
+def draw_point(trial: Any, space: Mapping[str, Parameter], start: Mapping[str, Any]) -> dict[str, Any]:
+    """One point of the space, drawn through an Optuna trial; ``start`` holds the settings that conditions see."""
+    point: dict[str, Any] = {}
+    for key, parameter in space.items():
+        if _exists(parameter, {**start, **point}):
+            point[key] = parameter.draw(trial, key)
+    return point
+
+
+def optuna_parameters(space: Mapping[str, Parameter], settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The Optuna parameters of a candidate's complete settings; None where it lies outside of the space."""
+    parameters: dict[str, Any] = {}
+    for key, parameter in space.items():
+        if _exists(parameter, settings):
+            drawn = parameter.drawn(key, settings.get(key))
+            if drawn is None:
+                return None
+            parameters |= drawn
+    return parameters
+
+
+def grid_points(space: Mapping[str, Parameter], start: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """All points of the grid, the last parameter varying fastest, each once.
+
+    Raises ValueError for a float parameter without ``steps``.
+    """
+    def extend(point: dict[str, Any], keys: list[str]) -> Iterator[dict[str, Any]]:
+        if not keys:
+            yield point
+            return
+        key, *rest = keys
+        if not _exists(space[key], {**start, **point}):
+            yield from extend(point, rest)
+            return
+        for value in space[key].values():
+            yield from extend({**point, key: value}, rest)
+
+    yield from extend({}, list(space))

@@ -1,0 +1,153 @@
+"""The output folder: all trajectories ever trained, by key, and one folder a sweep."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from autoenc.errors import InputError
+from autoenc.files import append_line, replacing, write_atomic
+from autoenc.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from autoenc.sweep.race import Race
+
+
+class Store:
+    """Trajectories under ``output/store``."""
+
+    def __init__(self, output: Path) -> None:
+        self.folder = output / "store"
+
+    def open(self, key: str) -> Trajectory:
+        return Trajectory(self.folder / key)
+
+    def lock(self, key: str) -> FileLock:
+        """Held by the one worker that trains the trajectory; freed by the system when its process dies."""
+        (self.folder / key).mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder / key / ".lock")
+
+    def set_aside(self, key: str) -> None:
+        """Move a trajectory out of the way (``--fresh``)."""
+        move_aside(self.folder / key)
+
+    def seconds_per_epoch(self, keys: Sequence[str]) -> float | None:
+        """Median duration of an epoch over these trajectories, seconds; None where none was trained."""
+        seconds = sorted(row["seconds"] for key in keys for row in self.open(key).rows())
+        return seconds[len(seconds) // 2] if seconds else None
+
+
+class SweepFolder:
+    """What one sweep leaves behind: ``output/<name>``. Constructing it touches nothing."""
+
+    def __init__(self, output: Path, name: str) -> None:
+        self.path = output / name
+        self.name = name
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """One writer at a time. Raises :class:`InputError` where another run holds the folder."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock")
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(f"{self.path}: another run of {self.name} is writing here; wait for it, or use --output") from None
+        except OSError as error:
+            raise InputError(f"{error.filename or self.path}: the output folder cannot be written: {error.strerror}") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events so far; a broken line is passed over."""
+        found = []
+        try:
+            lines = (self.path / "events.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        for line in lines:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(event, dict):
+                found.append(event)
+        return found
+
+    def emit(self, **event: Any) -> None:
+        """Append an event with the time (UTC)."""
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        append_line(self.path / "events.jsonl", json.dumps({"time": stamp, **event}, allow_nan=True))
+
+    def link_trials(self, race: Race) -> None:
+        """``trials/<arm>_seed<seed>``: a link to each trial's trajectory; links of trials that are no more go."""
+        folder = self.path / "trials"
+        folder.mkdir(exist_ok=True)
+        wanted = {trial.name: trial.run.trajectory.folder for trial in race.trials}
+        for link in folder.iterdir():
+            if link.is_symlink() and link.name not in wanted:
+                link.unlink()
+        for name, target in wanted.items():
+            link = folder / name
+            relative = os.path.relpath(target, folder)
+            if not link.is_symlink() or os.readlink(link) != relative:
+                link.unlink(missing_ok=True)
+                link.symlink_to(relative, target_is_directory=True)
+
+    def write_trials(self, race: Race) -> None:
+        """``trials.csv``: a row a trial, with every varied setting and every figure at the best epoch."""
+        varied = race.spec.varied
+        rows = []
+        for trial in race.trials:
+            run, status = trial.run, trial.run.trajectory.status()
+            found = race.figures_of(run)
+            rows.append({
+                "trial": trial.name, "arm": trial.candidate.name, "seed": trial.seed, "status": run.state,
+                "epochs": len(run.rows), "epochs_trained": run.trained, "best_epoch": int(found.pop("epoch", 0)),
+                "seconds": round(sum(row["seconds"] for row in run.rows), 3), "device": status.get("device", ""),
+                **{key: _cell(trial.run.config.flat()[key]) for key in varied},
+                **{key: value for key, value in found.items() if key != "seconds"}})
+        header = list(dict.fromkeys(key for row in rows for key in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, header, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(self.path / "trials.csv", text.getvalue())
+
+    def write_json(self, name: str, content: Any) -> None:
+        """One of the sweep's JSON files; equal content gives equal bytes."""
+        write_atomic(self.path / name, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+    def set_aside(self) -> None:
+        """Move the sweep's results out of the way (``--fresh``)."""
+        move_aside(self.path)
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, list | dict) else value
+
+
+def move_aside(path: Path) -> None:
+    """Rename a folder to the first free ``NAME.old1``, ``NAME.old2``, …; nothing happens where it does not exist."""
+    if path.exists():
+        number = 1
+        while (aside := path.with_name(f"{path.name}.old{number}")).exists():
+            number += 1
+        path.rename(aside)
+
+
+def copy_into(source: Path, target: Path) -> None:
+    """Copy a file beside its place and rename it."""
+    with replacing(target) as beside:
+        beside.write_bytes(source.read_bytes())

@@ -1,0 +1,83 @@
+"""What a worker does with one trajectory: continue it in the store, an epoch at a time. No Ray here."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autoenc.config import Config, make_config
+from autoenc.errors import InputError
+from autoenc.sweep.store import Store
+from autoenc.trajectory import Trajectory, best_row, divergence, own_end
+
+
+@dataclass(frozen=True)
+class Task:
+    """Plain values only: it travels to the worker."""
+
+    key: str
+    output: str                        # the output folder, absolute
+    config: dict[str, Any]             # by dotted key
+    threads: int
+    device: str                        # cpu or cuda
+    measure: bool                      # compute the figures of the finished model, too
+
+
+_dataset: tuple[Any, Any] = (None, None)
+
+
+def work(task: Task) -> Iterator[dict[str, Any]]:
+    """Train what the store lacks of this trajectory. Yields ``{"row": …}`` for each new epoch, last ``{"outcome": …}``.
+
+    ``outcome``: completed, diverged or failed, with a ``note``; ``broken`` where the store could not be written.
+    """
+    import torch
+
+    torch.set_num_threads(task.threads)
+    config = make_config(task.config, "the task")
+    store = Store(Path(task.output))
+    trajectory = store.open(task.key)
+    try:
+        with store.lock(task.key):
+            dataset = _open_data(config)
+            for row in trajectory.train(config, dataset, task.device):
+                yield {"epoch": row["epoch"], "row": row}
+            outcome = _outcome(trajectory, config)
+            if outcome["outcome"] == "completed" and task.measure:
+                yield from _measure(trajectory, config, dataset, task.device)
+            yield outcome
+    except OSError as error:
+        full = "the disk is full: " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        yield {"outcome": "broken", "note": f"{full}{error.filename or trajectory.folder}: {error.strerror or error}"}
+    except InputError as error:
+        yield {"outcome": "failed", "note": str(error)}
+
+
+def _open_data(config: Config) -> Any:
+    """The data set, opened once a worker."""
+    global _dataset
+    if _dataset[0] != config.data:
+        from autoenc.data import prepare
+
+        _dataset = (config.data, prepare(config.data))
+    return _dataset[1]
+
+
+def _outcome(trajectory: Trajectory, config: Config) -> dict[str, Any]:
+    status = trajectory.status()
+    if own_end(trajectory.rows(), config) is not None:
+        return {"outcome": "completed"}
+    if status.get("diverged"):
+        return {"outcome": "diverged", "note": divergence(status["diverged"])}
+    return {"outcome": "failed", "note": status.get("failed", "training ended early, no reason is known")}
+
+
+def _measure(trajectory: Trajectory, config: Config, dataset: Any, device: str) -> Iterator[dict[str, Any]]:
+    epoch = int(best_row(trajectory.rows(), config)["epoch"])
+    if trajectory.weights(epoch) is None:
+        for row in trajectory.restore_weights(config, dataset, device, epoch):
+            yield {"epoch": row["epoch"]}
+    trajectory.measure(config, dataset, device, epoch)

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from helpers import small_config
+from torch import nn
+
+from autoenc.errors import InputError
+from autoenc.model import Autoencoder, count_parameters, derived_seed, draw, level_channels
+
+torch.set_num_threads(1)
+
+
+def build(seed: int = 1, *, classes: int = 4, labels: int = 3, **settings) -> Autoencoder:
+    return Autoencoder(small_config(**settings), classes=classes, labels=labels, seed=seed)
+
+
+def images(count: int = 2, size: int = 16) -> torch.Tensor:
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(5)) * 2 - 1
+
+
+@pytest.mark.parametrize("steps, base, variational", list(itertools.product((1, 2, 4), (3, 8), (False, True))))
+def test_shapes_follow_the_configuration(steps, base, variational):
+    model = build(model__downsampling_steps=steps, model__base_channels=base, model__variational=variational,
+                  model__latent_channels=5, model__heads=["rgb", "segmentation", "classification"])
+    encoded = model.encode(images())
+    assert encoded["latent"].shape == (2, 5, 16 // 2**steps, 16 // 2**steps)
+    assert encoded["latent"][0].numel() == model.latent_size
+    assert set(encoded) == ({"latent", "mu", "logvar"} if variational else {"latent"})
+    decoded = model.decode(encoded["latent"])
+    assert {name: tuple(out.shape) for name, out in decoded.items()} == {
+        "rgb": (2, 3, 16, 16), "segmentation": (2, 4, 16, 16), "classification": (2, 3)}
+    assert decoded["rgb"].abs().max() <= 1
+    assert set(model(images())) == set(decoded) | set(encoded)
+
+
+def test_layers_are_those_described():
+    model = build(model__base_channels=12, model__downsampling_steps=3)
+    channels = level_channels(model.config.model)
+    assert channels == [12, 24, 48]
+    down = [m for m in model.encoder.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)]
+    assert [(m.in_channels, m.out_channels, m.kernel_size) for m in down] == [(c, c, (4, 4)) for c in channels]
+    up = [m for m in model.decoder.modules() if isinstance(m, nn.ConvTranspose2d)]
+    assert [(m.in_channels, m.out_channels) for m in up] == [(48, 24), (24, 12), (12, 12)]
+    groups = {m.num_channels: m.num_groups for m in model.modules() if isinstance(m, nn.GroupNorm)}
+    assert groups == {12: 4, 24: 8, 48: 8}
+
+
+def test_vae_latent_is_the_mean_or_a_seeded_draw():
+    x = images()
+    mean = build(model__variational=True)
+    assert torch.equal(mean.encode(x)["latent"], mean.encode(x)["mu"])
+    sample = build(model__variational=True, model__latent="sample")
+    first, again, other = (sample.encode(x, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first["latent"], again["latent"]) and torch.equal(first["mu"], other["mu"])
+    assert not torch.equal(first["latent"], other["latent"])
+    trained = mean(x, torch.Generator().manual_seed(1))
+    assert torch.equal(trained["latent"], first["latent"])          # training decodes a draw in either case
+    assert torch.equal(trained["rgb"], mean.decode(trained["latent"])["rgb"])
+
+
+def test_draw_has_the_posterior_moments():
+    mu, logvar = torch.full((200_000,), 3.0), torch.full((200_000,), 2.0).log() * 2
+    drawn = draw(mu, logvar, torch.Generator().manual_seed(0))
+    assert drawn.mean().item() == pytest.approx(3, abs=0.03)
+    assert drawn.std().item() == pytest.approx(2, rel=0.02)
+
+
+def test_logvar_is_clamped():
+    model = build(model__variational=True)
+    with torch.no_grad():
+        model.encoder.logvar.bias.copy_(torch.tensor([1e6, -1e6]))
+    outputs = model(images())
+    logvar = outputs["logvar"]
+    assert logvar[:, 0].unique().tolist() == [20] and logvar[:, 1].unique().tolist() == [-30]
+    assert all(value.isfinite().all() for value in outputs.values())
+
+
+def test_a_head_changes_no_other_weight():
+    alone = build().state_dict()
+    with_heads = build(loss__segmentation=0.1, loss__classification=0.1).state_dict()
+    assert {name.split(".")[2] for name in set(with_heads) - set(alone)} == {"segmentation", "classification"}
+    assert all(torch.equal(with_heads[name], weight) for name, weight in alone.items())
+
+
+def test_seeds():
+    one, same, other = build(1).state_dict(), build(1).state_dict(), build(2).state_dict()
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["encoder.mean.weight"], other["encoder.mean.weight"])
+    assert not torch.equal(one["decoder.heads.rgb.0.bias"], other["decoder.heads.rgb.0.bias"])
+    assert len({derived_seed(1, "order", 12), derived_seed(1, "order1", 2), derived_seed(11, "order", 2)}) == 3
+
+
+def test_global_random_state_is_untouched():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    model = build(model__variational=True, loss__classification=0.1)
+    model(images(), torch.Generator().manual_seed(1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_parameters_count_encoder_and_rgb_decoder():
+    plain = build()
+    assert count_parameters(plain) == sum(p.numel() for p in plain.parameters())
+    assert count_parameters(build(loss__segmentation=0.1, loss__classification=0.1)) == count_parameters(plain)
+    assert count_parameters(build(model__variational=True)) == count_parameters(plain) + 16 * 2 + 2
+
+
+def test_classification_sees_nothing_but_the_latent():
+    model = build(loss__classification=0.1)
+    encoded = model.encode(images())["latent"]
+    assert torch.equal(model.decode(encoded)["classification"], model(images())["classification"])
+    assert set(model.decode(encoded, heads=("classification",))) == {"classification"}
+
+
+@pytest.mark.parametrize("settings, classes, labels, said", [
+    ({"loss__segmentation": 0.05}, 0, 3, ["loss.segmentation: 0.05", "loss.segmentation=0", "data.palette"]),
+    ({"loss__classification": 0.01}, 4, 1, ["loss.classification: 0.01", "loss.classification=0", "has 1"]),
+    ({"model__heads": ["rgb", "segmentation"]}, 0, 3, ["model.heads", "'segmentation' left out of model.heads"]),
+    ({"train__monitor": "val/palette_miou"}, 0, 0, ["train.monitor: 'val/palette_miou'", "data.palette"]),
+    ({"train__monitor": "val/kl_nats"}, 4, 3, ["model.variational"]),
+    ({"train__monitor": "val/segmentation_ce"}, 4, 3, ["the segmentation head"]),
+    ({"loss__segmentation": 0.1, "loss__classification": 0.2}, 0, 0, ["loss.segmentation", "loss.classification"]),
+])
+def test_what_the_data_cannot_serve_is_refused(settings, classes, labels, said):
+    with pytest.raises(InputError) as caught:
+        build(classes=classes, labels=labels, **settings)
+    assert all(part in str(caught.value) for part in said), str(caught.value)

@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import PALETTE, small_config, small_dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autoenc import figures
+from autoenc.batches import Batches
+from autoenc.checkpoint import read_checkpoint, save_checkpoint
+from autoenc.data import prepare
+from autoenc.errors import InputError
+from autoenc.train import Diverged, train
+
+torch.set_num_threads(1)
+
+PLAIN = {}
+HEADS = {"loss__segmentation": 0.1, "loss__classification": 0.05, "loss__l1": 0.2}
+VAE = {"model__variational": True, "loss__kl": 1e-3, "model__latent": "sample", **HEADS}
+
+
+def run(settings, dataset=None, **more):
+    """All results with their states, taken as they come."""
+    return [(result, result.state()) for result in train(small_config(**settings), dataset or small_dataset(), **more)]
+
+
+def same(left, right) -> bool:
+    """Bit for bit, NaN equal to NaN."""
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right) and left.dtype == right.dtype
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right or (left != left and right != right)
+
+
+@pytest.mark.parametrize("settings", [PLAIN, HEADS, VAE, {**PLAIN, "train__precision": "bf16"}])
+def test_resuming_equals_going_on_bit_for_bit(tmp_path, settings):
+    settings = {**settings, "train__epochs": 3, "train__sample_every": 2}
+    torch.manual_seed(9)
+    before = torch.get_rng_state()
+    whole = run(settings)
+    assert torch.equal(torch.get_rng_state(), before)
+    save_checkpoint(tmp_path / "latest.pt", whole[0][1])
+    torch.manual_seed(77)
+    rest = run(settings, resume=read_checkpoint(tmp_path / "latest.pt"), history=[whole[0][0].metrics])
+    assert [result.epoch for result, _ in rest] == [2, 3]
+    for (left, left_state), (right, right_state) in zip(whole[1:], rest, strict=True):
+        assert same(left.metrics, right.metrics) and same(left_state, right_state)
+        assert left.improved == right.improved
+        assert (left.samples is None) == (right.samples is None)
+        assert left.samples is None or np.array_equal(left.samples, right.samples)
+
+
+def test_resuming_leaves_the_checkpoint_as_it_was():
+    first = run({"train__epochs": 1})[0][1]
+    again = run({"train__epochs": 1})[0][1]
+    run({"train__epochs": 2}, resume=first)
+    assert same(first, again)
+
+
+def test_seeds():
+    one, two = run(VAE), run(VAE)
+    assert same([state for _, state in one], [state for _, state in two])
+    assert same([result.metrics for result, _ in one], [result.metrics for result, _ in two])
+    other = run({**VAE, "train__seed": 43})
+    assert one[0][0].metrics["val/mse"] != other[0][0].metrics["val/mse"]
+
+
+class RecordedArray(np.ndarray):
+    """An array that notes which rows were asked for."""
+
+    def __getitem__(self, rows):
+        if isinstance(rows, np.ndarray):
+            self.asked.append(rows.tolist())
+        return np.asarray(self)[rows]
+
+
+def order_of(settings) -> list[list[int]]:
+    dataset = small_dataset()
+    images = dataset.images.view(RecordedArray)
+    images.asked = []
+    list(train(small_config(**settings, train__sample_every=0), replace(dataset, images=images)))
+    return images.asked
+
+
+def test_heads_change_no_order_and_epochs_do():
+    plain, heads = order_of(PLAIN), order_of(HEADS)
+    assert plain == heads
+    val = sorted(small_dataset().splits["val"].tolist())
+    train_rows = [rows for rows in plain if rows != val]
+    assert [len(rows) for rows in train_rows] == [8, 8, 5, 8, 8, 5]              # the smaller last batch is kept
+    first, second = np.concatenate(train_rows[:3]).tolist(), np.concatenate(train_rows[3:]).tolist()
+    assert sorted(first) == sorted(second) == small_dataset().splits["train"].tolist() and first != second
+
+
+def test_a_head_without_weight_changes_nothing_else():
+    plain, idle = run(PLAIN), run({"model__heads": ["rgb", "segmentation"]})
+    for (left, left_state), (right, right_state) in zip(plain, idle, strict=True):
+        assert all(same(value, right.metrics[name]) for name, value in left.metrics.items())
+        assert all(torch.equal(value, right_state["model"][name]) for name, value in left_state["model"].items())
+        assert "val/segmentation_miou" in right.metrics and "val/segmentation_miou" not in left.metrics
+
+
+def test_training_learns():
+    settings = {"train__epochs": 12, "train__patience": None, "train__learning_rate": 3e-3, "train__sample_every": 0}
+    results = [result for result, _ in run({**settings, **HEADS}, small_dataset(60))]
+    first, last = results[0].metrics, results[-1].metrics
+    assert last["train/mse"] < 0.5 * first["train/mse"] and last["val/mse"] < 0.75 * first["val/mse"]
+    assert last["val/palette_miou"] > 1.2 * first["val/palette_miou"] and last["val/ssim"] > 2 * first["val/ssim"]
+    assert all(result.seconds > 0 for result in results)
+
+
+def test_figures_and_their_names():
+    metrics = run(VAE)[0][0].metrics
+    known = set(figures.MODES) | {"val/palette_classes", "val/segmentation_classes"}
+    assert set(metrics) <= known
+    assert {name for name in figures.MONITORED} <= set(metrics)
+    assert metrics["beta"] == 1e-3 and metrics["latent_size"] == 2 * 4 * 4
+    for split in ("train", "val"):
+        terms = {"mse": 1.0, "l1": 0.2, "segmentation_ce": 0.1, "classification_ce": 0.05, "kl": 1e-3}
+        assert metrics[f"{split}/loss"] == pytest.approx(
+            sum(weight * metrics[f"{split}/{name}"] for name, weight in terms.items()))
+        assert metrics[f"{split}/nelbo"] == pytest.approx(
+            768 / 2 * math.log(2 * math.pi * math.e * metrics[f"{split}/mse_sampled"]) + metrics[f"{split}/kl_nats"])
+    plain = run(PLAIN)[0][0].metrics
+    assert "beta" not in plain and "val/kl" not in plain and "val/palette_miou" in plain
+
+
+def test_train_figures_are_those_of_the_steps():
+    """With a learning rate too small to move a weight, training sees the error that validation would."""
+    dataset = small_dataset()
+    dataset.splits["val"] = dataset.splits["train"]
+    metrics = run({"train__learning_rate": 1e-30, "train__weight_decay": 0.0, "train__epochs": 1, **HEADS},
+                  dataset)[0][0].metrics
+    for name in ("loss", "mse", "psnr", "l1", "segmentation_ce", "classification_ce"):
+        assert metrics[f"train/{name}"] == pytest.approx(metrics[f"val/{name}"], rel=1e-4), name
+    assert metrics["train/grad_norm"] > 0 and metrics["train/spikes"] == 0
+
+
+def test_generated_layouts(tmp_path):
+    """The real thing: read-only, memory-mapped arrays."""
+    config = small_config(data__limit=60, data__cache_dir=str(tmp_path), loss__segmentation=0.1,
+                          loss__classification=0.1, train__epochs=1)
+    dataset = prepare(config.data)
+    result = next(train(config, dataset))
+    assert math.isfinite(result.metrics["val/palette_miou"]) and result.samples.shape[0] == 3 * 16
+    assert len(result.state()["shapes"]["classes"]) == len(dataset.classes) == 11
+
+
+def test_data_without_classes_and_labels():
+    metrics = run(PLAIN, small_dataset(segmentation=False, labels=False))[0][0].metrics
+    assert not [name for name in metrics if "miou" in name or "classif" in name]
+
+
+def test_samples():
+    results = [result for result, _ in run({"train__epochs": 3, "train__sample_every": 2, **HEADS})]
+    assert [result.samples is not None for result in results] == [True, True, False]
+    dataset = small_dataset()
+    val = dataset.splits["val"]
+    count = min(8, len(val))
+    picture = results[0].samples
+    assert picture.dtype == np.uint8 and picture.shape == (3 * 16, count * 16, 3)
+    shown = dataset.images[val[np.linspace(0, len(val) - 1, count).round().astype(int)]]
+    assert np.array_equal(picture[:16], np.concatenate(list(shown), axis=1))
+    assert {tuple(colour) for colour in picture[32:].reshape(-1, 3)} <= {tuple(colour) for colour in PALETTE}
+    assert np.array_equal(picture[:16], results[1].samples[:16])
+    assert run({"train__sample_every": 0})[0][0].samples is None
+    bare = run(PLAIN, small_dataset(segmentation=False))[0][0].samples
+    assert bare.shape == (2 * 16, count * 16, 3)
+
+
+@pytest.mark.parametrize("learning_rate, precision", [(1e30, "fp32"), (1e38, "fp32")])
+def test_divergence_is_told(learning_rate, precision):
+    with pytest.raises(Diverged) as caught:
+        run({"train__learning_rate": learning_rate, "train__precision": precision})
+    assert caught.value.epoch == 1 and 2 <= caught.value.step <= 3
+    assert caught.value.what in ("loss", "gradient")
+
+
+def test_an_infinite_term_is_divergence_at_its_step():
+    with pytest.raises(Diverged) as caught:
+        run({"loss__kl": 1e6, "model__variational": True, "train__learning_rate": 1e18})
+    assert (caught.value.epoch, caught.value.what) in {(1, "loss"), (1, "gradient")}
+
+
+def test_patience_ends_training_and_history_counts():
+    still = {"train__learning_rate": 1e-30, "train__weight_decay": 0.0, "train__epochs": 9, "train__patience": 2}
+    results = run(still)
+    assert [result.epoch for result, _ in results] == [1, 2, 3]
+    assert [result.improved for result, _ in results] == [True, False, False]
+    history = [result.metrics for result, _ in results]
+    assert run(still, resume=results[2][1], history=history) == []
+    going = run({**still, "train__patience": 4}, resume=results[2][1], history=history)
+    assert [result.epoch for result, _ in going] == [4, 5]
+
+
+def test_an_undefined_monitored_figure_is_no_divergence():
+    dataset = small_dataset()
+    dataset.segmentation[:] = 255
+    results = run({"train__monitor": "val/palette_miou", "train__patience": None}, dataset)
+    assert len(results) == 2 and not any(result.improved for result, _ in results)
+    assert math.isnan(results[0][0].metrics["val/palette_miou"])
+
+
+def test_wrong_input_is_told_at_the_call():
+    with pytest.raises(InputError, match=r"train\.precision: 'fp16' needs a GPU"):
+        train(small_config(train__precision="fp16"), small_dataset())
+    with pytest.raises(InputError, match=r"loss\.segmentation"):
+        train(small_config(loss__segmentation=0.1), small_dataset(segmentation=False))
+    empty = small_dataset()
+    empty.splits["val"] = empty.splits["val"][:0]
+    with pytest.raises(InputError, match=r"data\.split: .* no image in val"):
+        train(small_config(), empty)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("resident", [True, False])
+def test_on_a_gpu(precision, resident, monkeypatch):
+    monkeypatch.setattr("autoenc.batches.RESIDENT_BYTES", 2 * 10**9 if resident else 0)
+    settings = {**VAE, "train__precision": precision, "train__epochs": 8, "train__patience": None}
+    results = run(settings, device="cuda")
+    assert results[-1][0].metrics["val/mse"] < results[0][0].metrics["val/mse"]
+    assert all(weight.device.type == "cpu" for weight in results[0][1]["model"].values())
+    rest = run(settings, device="cuda", resume=results[3][1], history=[result.metrics for result, _ in results[:4]])
+    assert [result.epoch for result, _ in rest] == [5, 6, 7, 8]
+    if precision != "fp16":
+        with pytest.raises(Diverged):
+            run({**settings, "train__learning_rate": 1e30}, device="cuda")
+
+
+def test_batches_hold_what_the_arrays_do():
+    dataset = small_dataset()
+    batches = Batches(dataset, dataset.splits["val"], torch.device("cpu"), segmentation=True, labels=True)
+    order = np.array([3, 0, 5, 1, 2, 4])
+    parts = list(batches.pass_over(4, order))
+    rows = dataset.splits["val"][order]
+    assert [len(part["images"]) for part in parts] == [4, 2]
+    for name, array in (("segmentation", dataset.segmentation), ("labels", dataset.labels)):
+        assert np.array_equal(torch.cat([part[name] for part in parts]).numpy(), array[rows])
+    images = torch.cat([part["images"] for part in parts]).permute(0, 2, 3, 1)
+    assert np.allclose(images.numpy(), dataset.images[rows] / 127.5 - 1, atol=1e-6)
+
+
+VALUES = st.lists(st.one_of(st.floats(-5, 5), st.integers(-2, 2).map(float), st.just(math.nan)), max_size=12)
+
+
+@given(VALUES, st.sampled_from(["min", "max"]))
+def test_best_epoch(values, mode):
+    best = figures.best_epoch(values, mode)
+    numbers = [value for value in values if value == value]
+    if not numbers:
+        assert best == 0
+    else:
+        assert best == values.index(min(numbers) if mode == "min" else max(numbers)) + 1
+
+
+@given(VALUES, st.sampled_from(["min", "max"]), st.integers(1, 4), st.floats(0, 2))
+def test_patience(values, mode, patience, min_delta):
+    over = [figures.patience_over(values[:end], mode, patience, min_delta) for end in range(len(values) + 1)]
+    assert over == sorted(over)                                            # once over, it stays over
+    assert not any(over[:patience])
+    assert not figures.patience_over(values, mode, None, min_delta)
+    mirrored = [-value for value in values]
+    assert over[-1] == figures.patience_over(mirrored, "max" if mode == "min" else "min", patience, min_delta)
+    if True in over and min_delta == 0:
+        end = over.index(True)
+        waited, earlier = values[end - patience:end], [value for value in values[:end - patience] if value == value]
+        pick = min if mode == "min" else max
+        assert not any(figures.better(mode, value, pick(earlier)) if earlier else value == value for value in waited)
+
+
+def test_patience_counts_only_gains_above_min_delta():
+    creeping = [1.0, 0.95, 0.9, 0.85, 0.8]
+    assert figures.patience_over(creeping, "min", 3, min_delta=0.2)
+    assert not figures.patience_over(creeping, "min", 3, min_delta=0.08)

@@ -1,0 +1,261 @@
+#!/usr/bin/env python
+"""Run sweeps: python tune_runner.py sweeps/phase1_4.yaml
+
+Runs the phases that a sweep builds on where they are missing or stale, trains its candidates on Ray, decides the winner
+by the sweep's rule and writes best_config.yaml, which the next phase inherits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from autoenc import data
+from autoenc.config import DataConfig
+from autoenc.errors import InputError, command
+from autoenc.sweep import inherit, live, plan
+from autoenc.sweep.phase import Phase, cluster_kind, conclude, open_phase
+from autoenc.sweep.spec import Spec
+
+if TYPE_CHECKING:
+    from autoenc.sweep.run_ray import Cluster
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    output = Path(options.output).expanduser().resolve()
+    overrides = [inherit.parse_override(text) for text in options.set]
+    chains = [inherit.load_chain(Path(sweep), options.preset, overrides) for sweep in options.sweeps]
+    named = {chain[-1].name for chain in chains}
+    specs = in_order(chains)
+    check_output(output)
+
+    if options.dry_run:
+        return dry_run(console, specs, output)
+    runner = Runner(options, console, output)
+    check_data(specs)
+    with runner.stack:
+        for spec in specs:
+            if not runner.run(spec, spec.name in named):
+                return 1
+    return 0
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="tune_runner.py", description="Run phase-by-phase sweeps of autoencoders.")
+    parser.add_argument("sweeps", nargs="+", metavar="SWEEP", help="sweep files; several run in order")
+    parser.add_argument("--output", default="outputs", metavar="DIR", help="where results go (default: outputs)")
+    parser.add_argument("--preset", action="append", default=[], metavar="NAME", help="overlay presets/NAME.yaml; repeatable")
+    parser.add_argument("--set", action="append", default=[], metavar="[SWEEP:]KEY=VALUE",
+                        help="override one setting, for all sweeps that run or for one; repeatable")
+    parser.add_argument("--address", default=os.environ.get("RAY_ADDRESS"), metavar="ADDR",
+                        help="Ray cluster to join (default: $RAY_ADDRESS; without it a local one is started, and ended)")
+    parser.add_argument("--no-upstream", action="store_true", help="do not run missing or stale upstream sweeps")
+    parser.add_argument("--fresh", action="store_true",
+                        help="move the named sweeps' results and trajectories aside and train them anew")
+    parser.add_argument("--dry-run", action="store_true", help="validate and print the plan; write nothing")
+    return parser.parse_args(arguments)
+
+
+def in_order(chains: list[list[Spec]]) -> list[Spec]:
+    """Every sweep once, parents before children, in the order of the command."""
+    specs: dict[Path, Spec] = {}
+    names: dict[str, Path] = {}
+    for chain in chains:
+        for spec in chain:
+            path = spec.path.resolve()
+            if names.setdefault(spec.name, path) != path:
+                raise InputError(f"{spec.path}: name: {spec.name!r} is also the name of {names[spec.name]}")
+            specs.setdefault(path, spec)
+    return list(specs.values())
+
+
+def check_output(output: Path) -> None:
+    """The output folder, or the nearest folder above it that exists, can be written."""
+    folder = next(path for path in (output, *output.parents) if path.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"--output {output}: {folder} is no folder that can be written")
+
+
+def check_data(specs: list[Spec]) -> None:
+    """Look at every data set of the chain before anything starts."""
+    seen = []
+    for spec in specs:
+        config = inherit.starting_point(spec, spec.base)
+        settings = inherit.make_candidate(spec, config, "start", {}).config.data
+        if settings not in seen:
+            data.check(settings)
+            seen.append(settings)
+
+
+def dry_run(console: Console, specs: list[Spec], output: Path) -> int:
+    check_data(specs)
+    phases: list[Phase] = []
+    for spec in specs:
+        phase = open_phase(spec, output, data.cached)
+        above = next((p for p in phases if spec.inherits and p.spec.path.resolve() == spec.inherits.resolve()), None)
+        if above is not None and above.reasons:
+            phase.reasons = [f"{above.spec.name} runs first", *phase.reasons]
+            phase.parent = None
+        phases.append(phase)
+    plan.show_chain(console, [(p.spec, p.reasons, inherit.read_winner(output / p.spec.name)) for p in phases])
+    for phase in phases:
+        race = phase.race(cluster_kind(None)) if phase.dataset and (phase.parent or not phase.spec.inherits) else None
+        show_plan(console, phase, race, None, parent_known=False)
+    if any(phase.dataset is None for phase in phases):
+        console.print("\nthe data has not been decoded on this machine yet: what the store holds is not known", style="dim")
+    return 0
+
+
+def show_plan(console: Console, phase: Phase, race: Any, slots: int | None, parent_known: bool = True) -> None:
+    pace = phase.store.seconds_per_epoch([run.key for run in race.runs.values()]) if race else None
+    words = plan.data_in_words(phase.dataset) if phase.dataset else ""
+    plan.show_plan(console, phase.spec, phase.arms, phase.parent, race, slots, pace, words, parent_known)
+
+
+class Runner:
+    """Runs one sweep after another; Ray is started when the first of them needs it, and once."""
+
+    def __init__(self, options: argparse.Namespace, console: Console, output: Path) -> None:
+        self.options, self.console, self.output = options, console, output
+        self.stack = ExitStack()
+        self.cluster: Cluster | None = None
+        self.datasets: dict[str, Any] = {}
+
+    def run(self, spec: Spec, named: bool) -> bool:
+        """One sweep; whether it has a winner afterwards."""
+        phase = open_phase(spec, self.output, self.dataset)
+        if named and self.options.fresh:
+            self.set_aside(phase)
+            phase.reasons = ["--fresh"]
+        if phase.reasons and not named and self.options.no_upstream:
+            raise InputError(f"{spec.name} must run first ({'; '.join(phase.reasons)}): {self.command_for(spec)}")
+        if not phase.reasons:
+            return self.stand(phase, named)
+        race = phase.race(cluster_kind(self.cluster))
+        if not race.idle and self.cluster is None:
+            self.start_cluster()
+            race = phase.race(self.cluster.device_kind)
+        slots = None
+        if not race.idle:
+            slots = self.cluster.share(spec.resources, len(race.runs))[2]
+        show_plan(self.console, phase, race, slots)
+        if spec.name != phase.folder.name or phase.reasons != ["has no winner yet"]:
+            self.console.print("runs because " + "; ".join(phase.reasons), markup=False)
+        with phase.writing() as folder:
+            race = phase.race(cluster_kind(self.cluster), folder.emit)
+            folder.link_trials(race)
+            if not race.idle:
+                self.train(phase, race, slots)
+            decision, files = conclude(phase, race, folder, self.restorer(phase))
+            folder.emit(event="decided", winner=decision["winner"])
+        winner = inherit.read_winner(phase.folder.path) if decision["winner"] else None
+        plan.show_decision(self.console, race, decision, winner, files, plan.improving_margin(spec))
+        return winner is not None
+
+    def train(self, phase: Phase, race: Any, slots: int) -> None:
+        from autoenc.sweep import run_ray
+
+        progress = live.Progress(self.console, race, slots)
+        linked = 0
+
+        def changed() -> None:
+            nonlocal linked
+            progress.update()
+            if len(race.trials) != linked:
+                phase.folder.link_trials(race)
+                linked = len(race.trials)
+
+        self.console.print()
+        with progress.shown():
+            try:
+                run_ray.run(race, self.cluster, folder=phase.folder.path, output=self.output, changed=changed)
+            finally:
+                phase.folder.write_trials(race)
+
+    def stand(self, phase: Phase, named: bool) -> bool:
+        """An unchanged, decided sweep: its files are written from the store again, nothing is trained."""
+        race = phase.race(phase_device(phase))
+        winner = inherit.read_winner(phase.folder.path)
+        if not race.idle:                       # trajectories were removed since: what stands is left as it is
+            self.console.print(f"{phase.spec.name}: stands, winner {winner.provenance['arm']}")
+            return True
+        from autoenc.sweep.decide import decide
+
+        order = list(dict.fromkeys(trial.candidate.name for trial in race.trials))
+        decision = decide(race.records(), order, phase.spec.objective, phase.spec.decision)
+        with phase.writing() as folder:
+            folder.link_trials(race)
+            folder.write_trials(race)
+            folder.write_json("decision.json", decision)
+        if named:
+            self.console.rule(f"[bold]{phase.spec.name}[/]: decided before, nothing to train", align="left")
+            plan.show_decision(self.console, race, decision, winner, [phase.folder.path / "best_config.yaml"],
+                               plan.improving_margin(phase.spec))
+        else:
+            self.console.print(f"{phase.spec.name}: stands, winner {winner.provenance['arm']}")
+        return True
+
+    def start_cluster(self) -> None:
+        with self.console.status("starting Ray …"):
+            from autoenc.sweep import run_ray
+
+            self.cluster = self.stack.enter_context(run_ray.cluster(self.options.address))
+        if self.cluster.dashboard:
+            self.console.print(f"Ray dashboard {self.cluster.dashboard} (its token: ray get-auth-token)", style="dim")
+
+    def dataset(self, settings: DataConfig) -> Any:
+        key = repr(settings)
+        if key not in self.datasets:
+            with self.console.status("preparing data …"):
+                self.datasets[key] = data.prepare(settings)
+        return self.datasets[key]
+
+    def set_aside(self, phase: Phase) -> None:
+        race = phase.race(cluster_kind(self.cluster))
+        with phase.writing():
+            for key in race.runs:
+                phase.store.set_aside(key)
+        phase.folder.set_aside()
+
+    def restorer(self, phase: Phase) -> Callable[[Any], None]:
+        def restore(trial: Any) -> None:
+            epoch = int(trial.run.trajectory.status().get("epochs", 0))
+            self.console.print(f"training {trial.name} once more for the weights of its best epoch (of {epoch})")
+            best = conclude_epoch(trial)
+            for _ in trial.run.trajectory.restore_weights(trial.run.config, phase.dataset, "cpu", best):
+                pass
+        return restore
+
+    def command_for(self, spec: Spec) -> str:
+        words = ["python", "tune_runner.py", str(spec.path)]
+        words += [word for name in self.options.preset for word in ("--preset", name)]
+        words += [word for text in self.options.set for word in ("--set", text)]
+        if self.options.output != "outputs":
+            words += ["--output", self.options.output]
+        return shlex.join(words)
+
+
+def phase_device(phase: Phase) -> str:
+    """The kind of device that a decided sweep was trained on."""
+    winner = inherit.read_winner(phase.folder.path)
+    return (winner.provenance.get("device") or {}).get("device") or "cpu"
+
+
+def conclude_epoch(trial: Any) -> int:
+    from autoenc.trajectory import best_row
+
+    return int(best_row(trial.run.rows, trial.run.config)["epoch"])
+
+
+if __name__ == "__main__":
+    command(main)
