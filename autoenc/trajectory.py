@@ -209,9 +209,9 @@ class Trajectory:
         state |= {"row": row, "best": result.epoch if result.improved else previous}
         save_checkpoint(self.folder / "latest.pt", state)
         path = self.folder / "metrics.csv"
-        known = next(csv.reader([_read_text(path)]), []) if path.is_file() else []
-        if known[:len(row)] == list(row):
-            append_line(path, _line(row, list(row)))
+        header = _header(_read_text(path))
+        if header and set(row) <= set(header):
+            append_line(path, _line(row, header))
         else:                                                # the first row, or figures that an older version lacked
             write_atomic(path, csv_text([*self.rows(), row]))
         if result.improved:
@@ -266,9 +266,13 @@ def _read_text(path: Path) -> str:
         return ""
 
 
+def _header(text: str) -> list[str]:
+    return next(csv.reader([text.split("\n", 1)[0]]), [])
+
+
 def _parse_rows(text: str) -> list[Row]:
     lines = text.split("\n")
-    header = next(csv.reader(lines[:1]), [])
+    header = _header(text)
     if header[:2] != ["epoch", "seconds"]:
         return []
     rows: list[Row] = []

@@ -34,6 +34,15 @@ os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_H
 for name, value in {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_TQDM_PATCH_PRINT": "0"}.items():
     os.environ.setdefault(name, value)
 
+
+def _token_file() -> Path:
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+
+# Ray reads its authentication mode when it is imported, and turns it on by itself only for clusters that it starts.
+if "RAY_AUTH_TOKEN" in os.environ or _token_file().is_file():
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+
 import ray  # noqa: E402
 from ray import tune  # noqa: E402
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler  # noqa: E402
@@ -86,8 +95,6 @@ def cluster(address: str | None) -> Iterator[Cluster]:
         _prepare_token()
     else:
         _probe(address)
-        if _token_file().is_file() or "RAY_AUTH_TOKEN" in os.environ:
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         with _quiet():
             context = ray.init(address="local" if local else address, logging_level=logging.ERROR,
@@ -125,13 +132,8 @@ def _probe(address: str) -> None:
         raise InputError(f"--address {address}: nobody listens there ({error})") from None
 
 
-def _token_file() -> Path:
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-
-
 def _prepare_token() -> None:
     """Ray demands a token of everyone who talks to the cluster; make it ours alone before Ray writes one for all."""
-    os.environ["RAY_AUTH_MODE"] = "token"
     if "RAY_AUTH_TOKEN" in os.environ:
         return
     path = _token_file()
@@ -181,6 +183,7 @@ def run(race: Race, here: Cluster, *, folder: Path, output: Path,
                                     max_concurrent_trials=slots, reuse_actors=True,
                                     trial_dirname_creator=lambda trial: trial.trial_id),
         run_config=tune.RunConfig(name="tune", storage_path=str(scratch), verbose=0,
+                                  checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                                   failure_config=tune.FailureConfig(max_failures=RESTARTS)),
     )
     try:
@@ -205,6 +208,9 @@ class _Driver:
         self.runs: dict[str, Run] = {}
         self.broken = ""
         self.interrupted = False
+
+    def __reduce__(self) -> tuple:
+        return object, ()                       # Tune pickles what it is given in order to restore it; never done here
 
     def task(self, run: Run) -> dict[str, Any]:
         return {"task": asdict(Task(key=run.key, output=self.output, config=run.config.flat(), threads=self.threads,
@@ -270,9 +276,10 @@ class _Schedule(FIFOScheduler):
         if "outcome" in result:
             self.driver.end(trial.trial_id, result)
             return TrialScheduler.STOP
-        if "row" not in result:                 # weights trained once more for a decision made before
+        row = {name.removeprefix("row/"): value for name, value in result.items() if name.startswith("row/")}
+        if not row:                             # weights trained once more for a decision made before
             return TrialScheduler.CONTINUE
-        stop = self.driver.race.report(run, result["row"])
+        stop = self.driver.race.report(run, row)
         self.driver.changed()
         return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
 
