@@ -11,7 +11,6 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +20,9 @@ from rich.console import Console
 from autoenc import data
 from autoenc.config import DataConfig
 from autoenc.errors import InputError, command
-from autoenc.sweep import inherit, live, plan
-from autoenc.sweep.phase import Phase, cluster_kind, conclude, open_phase
+from autoenc.sweep import export, inherit, live, plan
+from autoenc.sweep.phase import Phase, conclude, decide_race, device_kind, open_phase
+from autoenc.sweep.race import Race
 from autoenc.sweep.spec import Spec
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def main(arguments: list[str]) -> int:
 
     if options.dry_run:
         return dry_run(console, specs, output)
-    runner = Runner(options, console, output)
     check_data(specs)
+    runner = Runner(options, console, output, specs)
     with runner.stack:
         for spec in specs:
             if not runner.run(spec, spec.name in named):
@@ -54,11 +54,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tune_runner.py", description="Run phase-by-phase sweeps of autoencoders.")
     parser.add_argument("sweeps", nargs="+", metavar="SWEEP", help="sweep files; several run in order")
     parser.add_argument("--output", default="outputs", metavar="DIR", help="where results go (default: outputs)")
-    parser.add_argument("--preset", action="append", default=[], metavar="NAME", help="overlay presets/NAME.yaml; repeatable")
+    parser.add_argument("--preset", action="append", default=[], metavar="NAME",
+                        help="overlay presets/NAME.yaml; repeatable")
     parser.add_argument("--set", action="append", default=[], metavar="[SWEEP:]KEY=VALUE",
                         help="override one setting, for all sweeps that run or for one; repeatable")
     parser.add_argument("--address", default=os.environ.get("RAY_ADDRESS"), metavar="ADDR",
-                        help="Ray cluster to join (default: $RAY_ADDRESS; without it a local one is started, and ended)")
+                        help="Ray cluster to join (default: $RAY_ADDRESS, else a local one is started, and ended)")
     parser.add_argument("--no-upstream", action="store_true", help="do not run missing or stale upstream sweeps")
     parser.add_argument("--fresh", action="store_true",
                         help="move the named sweeps' results and trajectories aside and train them anew")
@@ -109,24 +110,26 @@ def dry_run(console: Console, specs: list[Spec], output: Path) -> int:
         phases.append(phase)
     plan.show_chain(console, [(p.spec, p.reasons, inherit.read_winner(output / p.spec.name)) for p in phases])
     for phase in phases:
-        race = phase.race(cluster_kind(None)) if phase.dataset and (phase.parent or not phase.spec.inherits) else None
-        show_plan(console, phase, race, None, parent_known=False)
+        race = phase.race(device_kind(None)) if phase.dataset and (phase.parent or not phase.spec.inherits) else None
+        show_plan(console, phase, race)
     if any(phase.dataset is None for phase in phases):
-        console.print("\nthe data has not been decoded on this machine yet: what the store holds is not known", style="dim")
+        console.print("\nthe data has not been decoded on this machine yet, so what the store holds is not known",
+                      style="dim")
     return 0
 
 
-def show_plan(console: Console, phase: Phase, race: Any, slots: int | None, parent_known: bool = True) -> None:
-    pace = phase.store.seconds_per_epoch([run.key for run in race.runs.values()]) if race else None
+def show_plan(console: Console, phase: Phase, race: Race | None, cluster: Cluster | None = None) -> None:
+    pace = phase.store.seconds_per_epoch(list(race.runs)) if race else None
+    slots = cluster.share(phase.spec.resources, len(race.runs))[2] if race and cluster else None
     words = plan.data_in_words(phase.dataset) if phase.dataset else ""
-    plan.show_plan(console, phase.spec, phase.arms, phase.parent, race, slots, pace, words, parent_known)
+    plan.show_plan(console, phase.spec, phase.arms, phase.parent, race, slots, pace, words, phase.reasons)
 
 
 class Runner:
     """Runs one sweep after another; Ray is started when the first of them needs it, and once."""
 
-    def __init__(self, options: argparse.Namespace, console: Console, output: Path) -> None:
-        self.options, self.console, self.output = options, console, output
+    def __init__(self, options: argparse.Namespace, console: Console, output: Path, specs: list[Spec]) -> None:
+        self.options, self.console, self.output, self.specs = options, console, output, specs
         self.stack = ExitStack()
         self.cluster: Cluster | None = None
         self.datasets: dict[str, Any] = {}
@@ -136,37 +139,40 @@ class Runner:
         phase = open_phase(spec, self.output, self.dataset)
         if named and self.options.fresh:
             self.set_aside(phase)
-            phase.reasons = ["--fresh"]
-        if phase.reasons and not named and self.options.no_upstream:
-            raise InputError(f"{spec.name} must run first ({'; '.join(phase.reasons)}): {self.command_for(spec)}")
+            phase = open_phase(spec, self.output, self.dataset)
         if not phase.reasons:
             return self.stand(phase, named)
-        race = phase.race(cluster_kind(self.cluster))
-        if not race.idle and self.cluster is None:
-            self.start_cluster()
-            race = phase.race(self.cluster.device_kind)
-        slots = None
+        if not named and self.options.no_upstream:
+            raise InputError(f"{spec.name} must run first ({'; '.join(phase.reasons)}): {self.command_for(spec)}")
+        race = phase.race(device_kind(self.cluster))
         if not race.idle:
-            slots = self.cluster.share(spec.resources, len(race.runs))[2]
-        show_plan(self.console, phase, race, slots)
-        if spec.name != phase.folder.name or phase.reasons != ["has no winner yet"]:
-            self.console.print("runs because " + "; ".join(phase.reasons), markup=False)
+            self.join_cluster()
+            race = phase.race(device_kind(self.cluster))
+        show_plan(self.console, phase, race, self.cluster)
         with phase.writing() as folder:
-            race = phase.race(cluster_kind(self.cluster), folder.emit)
+            race = phase.race(device_kind(self.cluster), folder.emit)
             folder.link_trials(race)
             if not race.idle:
-                self.train(phase, race, slots)
-            decision, files = conclude(phase, race, folder, self.restorer(phase))
+                self.train(phase, race)
+            decision = decide_race(race)
+            missing = export.missing_weights(race, decision)
+            if missing is not None:
+                trial, epoch = missing
+                self.console.print(f"{trial.name}: the weights of epoch {epoch} are not kept, training to there again")
+                race.reopen(trial.run, epoch)
+                self.join_cluster()
+                self.train(phase, race)
+            files = conclude(phase, race, decision, folder)
             folder.emit(event="decided", winner=decision["winner"])
-        winner = inherit.read_winner(phase.folder.path) if decision["winner"] else None
-        plan.show_decision(self.console, race, decision, winner, files, plan.improving_margin(spec))
-        return winner is not None
+        plan.show_decision(self.console, race, decision, inherit.read_winner(phase.folder.path), files)
+        return decision["winner"] is not None
 
-    def train(self, phase: Phase, race: Any, slots: int) -> None:
+    def train(self, phase: Phase, race: Race) -> None:
+        """Run on the cluster what the race asks for, shown live."""
         from autoenc.sweep import run_ray
 
-        progress = live.Progress(self.console, race, slots)
-        linked = 0
+        progress = live.Progress(self.console, race, self.cluster.share(phase.spec.resources, len(race.runs))[2])
+        linked = len(race.trials)
 
         def changed() -> None:
             nonlocal linked
@@ -176,65 +182,61 @@ class Runner:
                 linked = len(race.trials)
 
         self.console.print()
-        with progress.shown():
-            try:
+        try:
+            with progress.shown():
                 run_ray.run(race, self.cluster, folder=phase.folder.path, output=self.output, changed=changed)
-            finally:
-                phase.folder.write_trials(race)
+        finally:
+            phase.folder.write_trials(race)
 
     def stand(self, phase: Phase, named: bool) -> bool:
-        """An unchanged, decided sweep: its files are written from the store again, nothing is trained."""
-        race = phase.race(phase_device(phase))
+        """An unchanged, decided sweep: its tables are written from the store again, nothing is trained."""
         winner = inherit.read_winner(phase.folder.path)
+        race = phase.race((winner.provenance.get("device") or {}).get("device") or device_kind(None))
         if not race.idle:                       # trajectories were removed since: what stands is left as it is
             self.console.print(f"{phase.spec.name}: stands, winner {winner.provenance['arm']}")
             return True
-        from autoenc.sweep.decide import decide
-
-        order = list(dict.fromkeys(trial.candidate.name for trial in race.trials))
-        decision = decide(race.records(), order, phase.spec.objective, phase.spec.decision)
+        decision = decide_race(race)
         with phase.writing() as folder:
             folder.link_trials(race)
             folder.write_trials(race)
             folder.write_json("decision.json", decision)
         if named:
             self.console.rule(f"[bold]{phase.spec.name}[/]: decided before, nothing to train", align="left")
-            plan.show_decision(self.console, race, decision, winner, [phase.folder.path / "best_config.yaml"],
-                               plan.improving_margin(phase.spec))
+            plan.show_decision(self.console, race, decision, winner, [phase.folder.path / "best_config.yaml"])
         else:
             self.console.print(f"{phase.spec.name}: stands, winner {winner.provenance['arm']}")
         return True
 
-    def start_cluster(self) -> None:
-        with self.console.status("starting Ray …"):
+    def join_cluster(self) -> None:
+        """Start Ray, or join the cluster asked for, and see that every sweep's trials fit it."""
+        if self.cluster is not None:
+            return
+        with self.console.status("starting Ray …" if not self.options.address else "joining Ray …"):
             from autoenc.sweep import run_ray
 
             self.cluster = self.stack.enter_context(run_ray.cluster(self.options.address))
+        for spec in self.specs:
+            try:
+                self.cluster.share(spec.resources, 1)
+            except InputError as error:
+                raise InputError(f"{spec.path}: {error}") from None
         if self.cluster.dashboard:
             self.console.print(f"Ray dashboard {self.cluster.dashboard} (its token: ray get-auth-token)", style="dim")
 
     def dataset(self, settings: DataConfig) -> Any:
-        key = repr(settings)
+        """The decoded data, prepared once."""
+        key = settings.model_dump_json()
         if key not in self.datasets:
             with self.console.status("preparing data …"):
                 self.datasets[key] = data.prepare(settings)
         return self.datasets[key]
 
     def set_aside(self, phase: Phase) -> None:
-        race = phase.race(cluster_kind(self.cluster))
+        """``--fresh``: the sweep's results and its trajectories get out of the way."""
         with phase.writing():
-            for key in race.runs:
+            for key in phase.race(device_kind(self.cluster)).runs:
                 phase.store.set_aside(key)
         phase.folder.set_aside()
-
-    def restorer(self, phase: Phase) -> Callable[[Any], None]:
-        def restore(trial: Any) -> None:
-            epoch = int(trial.run.trajectory.status().get("epochs", 0))
-            self.console.print(f"training {trial.name} once more for the weights of its best epoch (of {epoch})")
-            best = conclude_epoch(trial)
-            for _ in trial.run.trajectory.restore_weights(trial.run.config, phase.dataset, "cpu", best):
-                pass
-        return restore
 
     def command_for(self, spec: Spec) -> str:
         words = ["python", "tune_runner.py", str(spec.path)]
@@ -243,18 +245,6 @@ class Runner:
         if self.options.output != "outputs":
             words += ["--output", self.options.output]
         return shlex.join(words)
-
-
-def phase_device(phase: Phase) -> str:
-    """The kind of device that a decided sweep was trained on."""
-    winner = inherit.read_winner(phase.folder.path)
-    return (winner.provenance.get("device") or {}).get("device") or "cpu"
-
-
-def conclude_epoch(trial: Any) -> int:
-    from autoenc.trajectory import best_row
-
-    return int(best_row(trial.run.rows, trial.run.config)["epoch"])
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -24,7 +25,7 @@ from autoenc import figures
 from autoenc.batches import Batches
 from autoenc.checkpoint import build_model, checkpoint_content, data_shapes
 from autoenc.config import Config
-from autoenc.errors import InputError
+from autoenc.errors import InputError, command
 from autoenc.losses import LOSSES, weighted_sum
 from autoenc.metrics import Means, SplitFigures, loss_figures
 from autoenc.model import Autoencoder, count_parameters, derived_seed, draw
@@ -241,3 +242,60 @@ def _samples(run: _Run) -> np.ndarray:
 def _state(run: _Run, epoch: int, metrics: Mapping[str, float]) -> dict[str, Any]:
     return checkpoint_content(run.config, data_shapes(run.dataset), run.model, epoch=epoch, metrics=metrics,
                               optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict())
+
+
+def main(arguments: list[str]) -> int:
+    """``python -m autoenc.train CONFIG.yaml --output DIR``: train one configuration to its end, without Ray."""
+    import argparse
+    from pathlib import Path
+
+    from autoenc.config import load_config
+    from autoenc.data import prepare
+    from autoenc.trajectory import Trajectory, best_row, divergence, trajectory_key
+
+    parser = argparse.ArgumentParser(prog="python -m autoenc.train",
+                                     description="Train one configuration to its end.")
+    parser.add_argument("config", metavar="CONFIG.yaml", help="a best_config.yaml, or any file with a configuration")
+    parser.add_argument("--output", required=True, metavar="DIR",
+                        help="continued where it holds a part of this training")
+    options = parser.parse_args(arguments)
+
+    config = load_config(options.config)
+    dataset = prepare(config.data)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    trajectory = Trajectory(Path(options.output))
+    key = trajectory_key(config, dataset.fingerprint, device)
+    held = trajectory.status().get("key", key)
+    if held != key:
+        raise InputError(f"--output {options.output}: holds another training (see its config.yaml); choose another")
+    try:
+        for row in trajectory.train(config, dataset, device):
+            print(_line(row, config), flush=True)
+    except OSError as error:
+        print(f"error: {error.filename or options.output}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    status, best = trajectory.status(), best_row(trajectory.rows(), config)
+    if status.get("diverged") or status.get("failed"):
+        reason = divergence(status["diverged"]) if status.get("diverged") else status["failed"]
+        print(f"error: {reason}", file=sys.stderr)
+        return 1
+    print(f"best epoch {best['epoch']}: {config.train.monitor} {best[config.train.monitor]:.5g}; "
+          f"{trajectory.folder / 'best.pt'}")
+    return 0
+
+
+def _line(row: Mapping[str, float], config: Config) -> str:
+    """An epoch as people watch it: raw losses, the KL with its weight, the weighted total."""
+    terms = {"mse": "mse", "l1": "l1", "segmentation": "segmentation_ce", "classification": "classification_ce"}
+    told = [f"epoch {row['epoch']:>3}/{config.train.epochs}"]
+    for split in ("train", "val"):
+        values = [f"{name} {row[f'{split}/{figure}']:.5f}" for name, figure in terms.items()
+                  if name in config.loss_weights and f"{split}/{figure}" in row]
+        if f"{split}/kl" in row:
+            values.append(f"kl {row[f'{split}/kl']:.5f} × {row['beta']:g}")
+        told.append(f"{split}: {', '.join(values)}, total {row[f'{split}/loss']:.5f}")
+    return f"{' | '.join(told)} | {row['val/psnr']:.2f} dB | {row['seconds']:.1f} s"
+
+
+if __name__ == "__main__":
+    command(main)

@@ -63,10 +63,9 @@ def own_end(rows: Sequence[Row], config: Config) -> int | None:
 def best_row(rows: Sequence[Row], config: Config) -> Row | None:
     """The row of the best epoch by the monitored figure, within the configuration's own end."""
     rows = rows[:own_end(rows, config) or len(rows)]
-    if not rows:
-        return None
     values = [row.get(config.train.monitor, math.nan) for row in rows]
-    return rows[figures.best_epoch(values, figures.MODES[config.train.monitor]) - 1]
+    best = figures.best_epoch(values, figures.MODES[config.train.monitor])
+    return rows[best - 1] if best else None
 
 
 def divergence(diverged: Mapping[str, Any]) -> str:
@@ -85,7 +84,7 @@ class Trajectory:
         return _parse_rows(_read_text(self.folder / "metrics.csv"))
 
     def status(self) -> dict[str, Any]:
-        """``state`` (training, diverged, failed), ``epochs``, ``best_epoch``, device, versions; {} where there is none."""
+        """``state`` (training, completed, diverged, failed), epochs, best epoch, device, versions; {} where none is."""
         try:
             status = json.loads(_read_text(self.folder / "status.json"))
         except ValueError:
@@ -109,9 +108,9 @@ class Trajectory:
         return best if best.is_file() and self.status().get("best_epoch") == epoch else None
 
     def train(self, config: Config, dataset: Dataset, device: str) -> Iterator[Row]:
-        """Train from where the folder stands to the configuration's end; yields each new epoch's row once it is on disk.
+        """Train from where the folder stands to the configuration's end; yields each new epoch's row, once on disk.
 
-        A diverged training ends and says so in ``status``; so does one whose code raised (traceback.txt holds the rest).
+        A diverged training ends and says so in ``status``; so does one whose code raised (see traceback.txt).
         Raises OSError where the folder cannot be written.
         """
         from tensorboardX import SummaryWriter
@@ -125,7 +124,7 @@ class Trajectory:
             return
         self._keep_best(rows, config)
         seconds = sum(row["seconds"] for row in rows)
-        about = _about(device, dataset)
+        about = _about(config, device, dataset)
         self._write_status(about, "training", rows, config, seconds)
         events = SummaryWriter(logdir=str(self.folder / "tensorboard"))
         try:
@@ -137,6 +136,7 @@ class Trajectory:
                 for name, value in result.metrics.items():
                     events.add_scalar(name, value, result.epoch)
                 yield row
+            self._write_status(about, "completed", rows, config, seconds)
         except Diverged as error:
             self._write_status(about, "diverged", rows, config, seconds, diverged={
                 "epoch": error.epoch, "step": error.step, "what": error.what})
@@ -250,13 +250,15 @@ class Trajectory:
              "seconds": round(seconds, 3), **more, **about}, indent=1))
 
 
-def _about(device: str, dataset: Dataset) -> dict[str, Any]:
+def _about(config: Config, device: str, dataset: Dataset) -> dict[str, Any]:
     import torch
 
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
-    return {"device": device.split(":")[0], "device_name": name, "threads": torch.get_num_threads(),
-            "host": socket.gethostname(), "data": dataset.fingerprint,
-            "versions": {"autoenc": version("autoenc"), "torch": torch.__version__, "python": platform.python_version()}}
+    kind = device.split(":")[0]
+    name = torch.cuda.get_device_name() if kind == "cuda" else platform.processor() or platform.machine()
+    return {"key": trajectory_key(config, dataset.fingerprint, kind), "device": kind, "device_name": name,
+            "threads": torch.get_num_threads(), "host": socket.gethostname(), "data": dataset.fingerprint,
+            "versions": {"autoenc": version("autoenc"), "torch": torch.__version__,
+                         "python": platform.python_version()}}
 
 
 def _read_text(path: Path) -> str:

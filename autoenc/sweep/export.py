@@ -44,11 +44,14 @@ def provenance(race: Race, decision: Mapping[str, Any], parent: Winner | None, f
     }
 
 
-def missing_weights(race: Race, decision: Mapping[str, Any]) -> Trial | None:
-    """The winner's trial where the weights of its best epoch are not kept (a shorter budget's best, or thinned)."""
+def missing_weights(race: Race, decision: Mapping[str, Any]) -> tuple[Trial, int] | None:
+    """The winner's trial and its best epoch, where the weights of that epoch are not kept (the store went on beyond
+    this sweep's budget, or was thinned)."""
     trial = winning_trial(race, decision)
+    if trial is None:
+        return None
     epoch = int(race.figures_of(trial.run)["epoch"])
-    return trial if trial.run.trajectory.weights(epoch) is None else None
+    return (trial, epoch) if trial.run.trajectory.weights(epoch) is None else None
 
 
 def export(race: Race, decision: Mapping[str, Any], parent: Winner | None, fingerprint: str,

@@ -78,28 +78,24 @@ def _parent_name(spec: Spec) -> str:
     return str(read_sweep(spec.inherits).get("name"))
 
 
-def conclude(phase: Phase, race: Race, folder: SweepFolder,
-             restore: Callable[[Any], None]) -> tuple[dict[str, Any], list[Path]]:
-    """Decide, write decision.json and trials.csv, and export the winner. ``restore(trial)`` trains weights once more
-    where those that the decision needs are not kept. Returns the decision and the exported files."""
+def decide_race(race: Race) -> dict[str, Any]:
+    """The decision over a race's trials, in the file's order."""
     order = list(dict.fromkeys(trial.candidate.name for trial in race.trials))
-    decision = decide(race.records(), order, race.spec.objective, race.spec.decision)
+    return decide(race.records(), order, race.spec.objective, race.spec.decision)
+
+
+def conclude(phase: Phase, race: Race, decision: dict[str, Any], folder: SweepFolder) -> list[Path]:
+    """Write what a decision leaves: trials.csv, decision.json, and the winner's files. Returns the winner's files."""
     folder.link_trials(race)
-    if decision["winner"] is None:
-        folder.write_trials(race)
-        folder.write_json("decision.json", decision)
-        export.withdraw(folder)
-        return decision, []
-    trial = export.missing_weights(race, decision)
-    if trial is not None:
-        restore(trial)
-    files = export.export(race, decision, phase.parent, phase.dataset.fingerprint, folder)
     folder.write_trials(race)
     folder.write_json("decision.json", decision)
-    return decision, files
+    if decision["winner"] is None:
+        export.withdraw(folder)
+        return []
+    return export.export(race, decision, phase.parent, phase.dataset.fingerprint, folder)
 
 
-def cluster_kind(cluster: Cluster | None) -> str:
+def device_kind(cluster: Cluster | None) -> str:
     """The kind of device that trials will run on; before a cluster is there, what this machine has."""
     if cluster is not None:
         return cluster.device_kind

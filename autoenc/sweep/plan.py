@@ -33,7 +33,7 @@ def show_chain(console: Console, rows: Sequence[tuple[Spec, list[str], Winner | 
 
 
 def show_plan(console: Console, spec: Spec, arms: Sequence[Candidate], parent: Winner | None, race: Race | None,
-              slots: int | None, seconds_per_epoch: float | None, data: str, parent_known: bool = True) -> None:
+              slots: int | None, seconds_per_epoch: float | None, data: str, reasons: Sequence[str]) -> None:
     """The plan of one sweep: inherited winner, arms as differences, budget at most, slots, data."""
     console.print()
     console.rule(f"[bold]{spec.name}[/]", align="left")
@@ -42,10 +42,11 @@ def show_plan(console: Console, spec: Spec, arms: Sequence[Candidate], parent: W
     if parent is not None:
         console.print(f"starts from  {parent.sweep}: winner [bold]{parent.provenance.get('arm')}[/]")
     elif spec.inherits:
-        name = "its winner" if parent_known else "its winner, once that has run"
-        console.print(f"starts from  {spec.inherits.name}: {name}")
+        console.print(f"starts from  {spec.inherits.name}: its winner, once that has run")
     else:
         console.print("starts from  base.yaml")
+    if reasons and reasons != ["has no winner yet"]:
+        console.print(f"runs because {escape('; '.join(reasons))}")
     if data:
         console.print(f"data         {escape(data)}")
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -67,7 +68,8 @@ def show_plan(console: Console, spec: Spec, arms: Sequence[Candidate], parent: W
 def _budget(spec: Spec, arms: Sequence[Candidate], race: Race | None, slots: int | None,
             seconds_per_epoch: float | None) -> str:
     sampled = spec.trials - len(arms) if spec.space else 0
-    each = max((arm.config.train.epochs for arm in arms), default=spec.config.get("train.epochs", Config().train.epochs))
+    default = spec.config.get("train.epochs", Config().train.epochs)
+    each = max((arm.config.train.epochs for arm in arms), default=default)
     stored = sum(run.stored for run in race.runs.values()) if race else 0
     first = sum(arm.config.train.epochs for arm in arms) + max(0, sampled) * each
     repeats = (spec.decision.repeats - 1) * each * spec.trials
@@ -108,7 +110,7 @@ def rule_in_words(spec: Spec) -> str:
             + (f" (within {100 * p.within:.3g}%)" if p.within else "") for p in rule.prefer)
     if rule.require:
         words += "; required: " + ", ".join(
-            f"{r.metric}" + (f" ≥ {r.min:g}" if r.min is not None else "") + (f" ≤ {r.max:g}" if r.max is not None else "")
+            r.metric + ("" if r.min is None else f" ≥ {r.min:g}") + ("" if r.max is None else f" ≤ {r.max:g}")
             for r in rule.require)
     if rule.repeats > 1:
         words += f"; {rule.repeats} seeds for the finalists"
@@ -118,7 +120,7 @@ def rule_in_words(spec: Spec) -> str:
 
 
 def show_decision(console: Console, race: Race, decision: Mapping[str, Any], winner: Winner | None,
-                  files: Sequence[Path], improving_margin: float) -> None:
+                  files: Sequence[Path]) -> None:
     """The decision in words: the table, the reasons, what was stopped, warnings, where the files are."""
     console.print()
     table = Table(box=None, pad_edge=False, header_style="bold", title=None)
@@ -149,10 +151,11 @@ def show_decision(console: Console, race: Race, decision: Mapping[str, Any], win
         parts = ", ".join(f"{name} {100 * share:.3g}%" for name, share in concessions.items() if share > 0)
         total = 100 * compounded(list(concessions.values()))
         console.print(f"  · conceded to preferences so far: {parts}; together {total:.3g}%", highlight=False)
-    late = [record for record in race.records() if record.improving > improving_margin]
+    margin = improving_margin(race.spec)
+    late = [record for record in race.records() if record.improving > margin]
     if late:
         names = ", ".join(f"{record.trial} ({100 * record.improving:.2g}%)" for record in late)
-        console.print(f"[yellow]  ! still improving by more than {100 * improving_margin:.2g}% over the last 3 epochs: "
+        console.print(f"[yellow]  ! still improving by more than {100 * margin:.2g}% over the last 3 epochs: "
                       f"{names}; more epochs may change the ranking[/]", highlight=False)
     trained = sum(run.trained for run in race.runs.values())
     stored = sum(min(run.stored, len(run.rows)) for run in race.runs.values())

@@ -39,6 +39,7 @@ class Run:
     protected: bool = False          # never stopped, never a measure: the baseline, a person's pick, repeats
     stop: Stop | None = None
     note: str = ""
+    keep: int | None = None          # an epoch whose weights are needed, and must be trained once more if not kept
 
     @property
     def ended(self) -> bool:
@@ -191,6 +192,10 @@ class Race:
             self.rungs.forget(run.key)
             self._continue_unbeaten()
         self._learn(run)
+
+    def reopen(self, run: Run, epoch: int) -> None:
+        """Send a completed run to a worker once more, for the weights of an epoch that are not kept."""
+        run.state, run.keep = "waiting", epoch
 
     def _judge(self, run: Run) -> Stop | None:
         value = self.score(run)

@@ -214,7 +214,7 @@ class _Driver:
 
     def task(self, run: Run) -> dict[str, Any]:
         return {"task": asdict(Task(key=run.key, output=self.output, config=run.config.flat(), threads=self.threads,
-                                    device=self.device, measure=self.race.needs_measuring()))}
+                                    device=self.device, measure=self.race.needs_measuring(), keep=run.keep))}
 
     def end(self, trial_id: str, result: dict[str, Any]) -> None:
         run = self.runs[trial_id]

@@ -61,9 +61,9 @@ class SweepFolder:
             lock = FileLock(self.path / ".lock")
             lock.acquire(timeout=0)
         except Timeout:
-            raise InputError(f"{self.path}: another run of {self.name} is writing here; wait for it, or use --output") from None
+            raise InputError(f"{self.path}: another run is writing here; wait, or use another --output") from None
         except OSError as error:
-            raise InputError(f"{error.filename or self.path}: the output folder cannot be written: {error.strerror}") from None
+            raise InputError(f"{error.filename or self.path}: cannot be written: {error.strerror}") from None
         try:
             yield
         finally:
@@ -101,7 +101,7 @@ class SweepFolder:
         for name, target in wanted.items():
             link = folder / name
             relative = os.path.relpath(target, folder)
-            if not link.is_symlink() or os.readlink(link) != relative:
+            if not link.is_symlink() or str(link.readlink()) != relative:
                 link.unlink(missing_ok=True)
                 link.symlink_to(relative, target_is_directory=True)
 

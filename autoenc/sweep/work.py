@@ -24,6 +24,7 @@ class Task:
     threads: int
     device: str                        # cpu or cuda
     measure: bool                      # compute the figures of the finished model, too
+    keep: int | None = None            # an epoch whose weights must be there in the end
 
 
 _dataset: tuple[Any, Any] = (None, None)
@@ -46,8 +47,14 @@ def work(task: Task) -> Iterator[dict[str, Any]]:
             for row in trajectory.train(config, dataset, task.device):
                 yield {"epoch": row["epoch"], "row": row}
             outcome = _outcome(trajectory, config)
-            if outcome["outcome"] == "completed" and task.measure:
-                yield from _measure(trajectory, config, dataset, task.device)
+            if outcome["outcome"] == "completed":
+                best = int(best_row(trajectory.rows(), config)["epoch"])
+                for epoch in {best if task.measure else None, task.keep} - {None}:
+                    if trajectory.weights(epoch) is None:
+                        for row in trajectory.restore_weights(config, dataset, task.device, epoch):
+                            yield {"epoch": row["epoch"]}
+                if task.measure:
+                    trajectory.measure(config, dataset, task.device, best)
             yield outcome
     except OSError as error:
         full = "the disk is full: " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
@@ -74,10 +81,3 @@ def _outcome(trajectory: Trajectory, config: Config) -> dict[str, Any]:
         return {"outcome": "diverged", "note": divergence(status["diverged"])}
     return {"outcome": "failed", "note": status.get("failed", "training ended early, no reason is known")}
 
-
-def _measure(trajectory: Trajectory, config: Config, dataset: Any, device: str) -> Iterator[dict[str, Any]]:
-    epoch = int(best_row(trajectory.rows(), config)["epoch"])
-    if trajectory.weights(epoch) is None:
-        for row in trajectory.restore_weights(config, dataset, device, epoch):
-            yield {"epoch": row["epoch"]}
-    trajectory.measure(config, dataset, device, epoch)
