@@ -19,7 +19,7 @@ from rich.console import Console
 
 from autoenc import data
 from autoenc.config import DataConfig
-from autoenc.errors import InputError, command
+from autoenc.errors import InputError, command, did_you_mean
 from autoenc.sweep import export, inherit, live, plan
 from autoenc.sweep.phase import Phase, conclude, decide_race, device_kind, open_phase
 from autoenc.sweep.race import Race
@@ -34,6 +34,10 @@ def main(arguments: list[str]) -> int:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     output = Path(options.output).expanduser().resolve()
     overrides = [inherit.parse_override(text) for text in options.set]
+    for sweep in options.sweeps:
+        if not Path(sweep).is_file():
+            near = did_you_mean(Path(sweep).name, [file.name for file in Path(sweep).parent.glob("*.yaml")])
+            raise InputError(f"{sweep}: no such sweep file{near}")
     chains = [inherit.load_chain(Path(sweep), options.preset, overrides) for sweep in options.sweeps]
     named = {chain[-1].name for chain in chains}
     specs = in_order(chains)
@@ -119,7 +123,7 @@ def dry_run(console: Console, specs: list[Spec], output: Path) -> int:
 
 
 def show_plan(console: Console, phase: Phase, race: Race | None, cluster: Cluster | None = None) -> None:
-    pace = phase.store.seconds_per_epoch(list(race.runs)) if race else None
+    pace = phase.store.seconds_per_epoch([run.key for run in race.runs.values()]) if race else None
     slots = cluster.share(phase.spec.resources, len(race.runs))[2] if race and cluster else None
     words = plan.data_in_words(phase.dataset) if phase.dataset else ""
     plan.show_plan(console, phase.spec, phase.arms, phase.parent, race, slots, pace, words, phase.reasons)
@@ -164,7 +168,9 @@ class Runner:
                 self.train(phase, race)
             files = conclude(phase, race, decision, folder)
             folder.emit(event="decided", winner=decision["winner"])
-        plan.show_decision(self.console, race, decision, inherit.read_winner(phase.folder.path), files)
+            winner = inherit.read_winner(folder.path)
+            files.append(self.report(phase, race, decision, winner))
+        plan.show_decision(self.console, race, decision, winner, files)
         return decision["winner"] is not None
 
     def train(self, phase: Phase, race: Race) -> None:
@@ -200,12 +206,21 @@ class Runner:
             folder.link_trials(race)
             folder.write_trials(race)
             folder.write_json("decision.json", decision)
+            files = [folder.path / "best_config.yaml", self.report(phase, race, decision, winner)]
         if named:
             self.console.rule(f"[bold]{phase.spec.name}[/]: decided before, nothing to train", align="left")
-            plan.show_decision(self.console, race, decision, winner, [phase.folder.path / "best_config.yaml"])
+            plan.show_decision(self.console, race, decision, winner, files)
         else:
             self.console.print(f"{phase.spec.name}: stands, winner {winner.provenance['arm']}")
         return True
+
+    def report(self, phase: Phase, race: Race, decision: dict[str, Any], winner: inherit.Winner | None) -> Path:
+        from autoenc.sweep.report import write_report
+
+        path = phase.folder.path / "report.html"
+        write_report(path, race, decision, winner=winner, dataset_words=plan.data_in_words(phase.dataset),
+                     command=self.command_for(phase.spec))
+        return path
 
     def join_cluster(self) -> None:
         """Start Ray, or join the cluster asked for, and see that every sweep's trials fit it."""
@@ -234,7 +249,7 @@ class Runner:
     def set_aside(self, phase: Phase) -> None:
         """``--fresh``: the sweep's results and its trajectories get out of the way."""
         with phase.writing():
-            for key in phase.race(device_kind(self.cluster)).runs:
+            for key in {run.key for run in phase.race(device_kind(self.cluster)).runs.values()}:
                 phase.store.set_aside(key)
         phase.folder.set_aside()
 

@@ -6,13 +6,15 @@ on the command line, in arms and spaces, in tables. Unknown keys and values of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from autoenc import figures
+from autoenc.checks import Conflict, Scalar, describe, shown
 from autoenc.errors import InputError, did_you_mean
 from autoenc.yamlfile import read_yaml
 
@@ -29,10 +31,33 @@ def _as_lists(value: Any) -> Any:
     return {key: accepted if isinstance(accepted, list) else [accepted] for key, accepted in value.items()}
 
 
+def _check_split(split: tuple[float, ...]) -> tuple[float, ...]:
+    if any(share < 0 for share in split) or abs(sum(split) - 1) > 1e-6:
+        raise ValueError("should be three shares that sum to 1")
+    if split[0] == 0 or split[1] == 0:
+        raise ValueError("leaves nothing to train on or to validate with")
+    return split
+
+
+def _check_heads(heads: tuple[str, ...]) -> tuple[str, ...]:
+    if "rgb" not in heads:
+        raise ValueError("lacks 'rgb', which every figure is measured on")
+    if len(set(heads)) < len(heads):
+        raise ValueError("names a head twice")
+    return heads
+
+
+def _check_monitor(name: str) -> str:
+    if name not in figures.MONITORED:
+        raise ValueError(f"is no figure of the validation split{did_you_mean(name, figures.MONITORED)}")
+    return name
+
+
 Weight = Annotated[float, Field(ge=0, le=1e6)]
-Split = Annotated[tuple[float, float, float], BeforeValidator(_as_tuple)]
-Filters = Annotated[dict[str, list[str | bool | int | float | None]], BeforeValidator(_as_lists)]
-Heads = Annotated[tuple[Literal["rgb", "segmentation", "classification"], ...], BeforeValidator(_as_tuple)]
+Split = Annotated[tuple[float, float, float], BeforeValidator(_as_tuple), AfterValidator(_check_split)]
+Filters = Annotated[dict[str, list[Scalar]], BeforeValidator(_as_lists)]
+Heads = Annotated[tuple[Literal["rgb", "segmentation", "classification"], ...], BeforeValidator(_as_tuple),
+                  AfterValidator(_check_heads)]
 
 
 class Section(BaseModel):
@@ -73,11 +98,7 @@ class DataConfig(Section):
     def _check(self) -> DataConfig:
         if self.source != "layouts" and self.manifest is None:
             what = "a CSV file" if self.source == "manifest" else "a folder of images"
-            raise ValueError(f"data.manifest: source {self.source!r} needs it: the path of {what}")
-        if any(share < 0 for share in self.split) or abs(sum(self.split) - 1) > 1e-6:
-            raise ValueError(f"data.split: {list(self.split)} must be three shares that sum to 1")
-        if self.split[0] == 0 or self.split[1] == 0:
-            raise ValueError(f"data.split: {list(self.split)} leaves nothing to train on or to validate with")
+            raise Conflict(f"data.manifest: source {self.source!r} needs it: the path of {what}")
         return self
 
 
@@ -94,14 +115,6 @@ class ModelConfig(Section):
     heads: Heads | None = None
     """decoder heads; none: rgb, and those whose loss weight is above 0"""
 
-    @model_validator(mode="after")
-    def _check(self) -> ModelConfig:
-        if self.heads is not None and "rgb" not in self.heads:
-            raise ValueError(f"model.heads: {list(self.heads)} lacks 'rgb', which every figure is measured on")
-        if self.heads is not None and len(set(self.heads)) < len(self.heads):
-            raise ValueError(f"model.heads: {list(self.heads)} names a head twice")
-        return self
-
 
 class LossConfig(Section):
     """Weights of the loss terms; 0 leaves a term out."""
@@ -116,7 +129,7 @@ class LossConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> LossConfig:
         if not any((self.mse, self.l1, self.segmentation, self.classification)):
-            raise ValueError("loss: every weight is 0, so there is nothing to train for")
+            raise Conflict("loss: every weight is 0, so there is nothing to train for")
         return self
 
 
@@ -127,23 +140,16 @@ class TrainConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """of AdamW"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    patience: Annotated[int, Field(ge=1)] | None = 3
+    patience: Annotated[int, Field(ge=1, le=100_000)] | None = 3
     """epochs without improvement of the monitored figure before training ends; none: never"""
     min_delta: Annotated[float, Field(ge=0)] = 0.0
     """smallest change of the monitored figure that counts as improvement (absolute)"""
-    monitor: str = "val/mse"
+    monitor: Annotated[str, AfterValidator(_check_monitor)] = "val/mse"
     """the figure that names the best epoch and that patience watches"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """fp16 needs a GPU"""
-    sample_every: Annotated[int, Field(ge=0)] = 5
+    sample_every: Annotated[int, Field(ge=0, le=100_000)] = 5
     """sample images at the first epoch and every so many; 0: never"""
-
-    @model_validator(mode="after")
-    def _check(self) -> TrainConfig:
-        if self.monitor not in figures.MONITORED:
-            near = did_you_mean(self.monitor, figures.MONITORED)
-            raise ValueError(f"train.monitor: {self.monitor!r} is no figure of the validation split{near}")
-        return self
 
 
 class Config(Section):
@@ -156,12 +162,12 @@ class Config(Section):
     def _check(self) -> Config:
         steps, size = self.model.downsampling_steps, self.data.image_size
         if size % 2**steps:
-            raise ValueError(f"data.image_size: {size} is not divisible by {2**steps} "
+            raise Conflict(f"data.image_size: {size} is not divisible by {2**steps} "
                              f"(2 to the power of model.downsampling_steps, {steps})")
         for head in ("segmentation", "classification"):
             weight = getattr(self.loss, head)
             if weight > 0 and head not in self.heads:
-                raise ValueError(f"loss.{head}: weight {weight} for a head that model.heads "
+                raise Conflict(f"loss.{head}: weight {weight} for a head that model.heads "
                                  f"({', '.join(self.heads)}) leaves out")
         return self
 
@@ -210,6 +216,8 @@ SECTIONS: dict[str, type[Section]] = {"data": DataConfig, "model": ModelConfig, 
                                       "train": TrainConfig}
 KEYS = tuple(f"{section}.{key}" for section, part in SECTIONS.items() for key in part.model_fields)
 PATH_KEYS = ("data.manifest", "data.palette", "data.cache_dir")
+BESIDE_CONFIG = ("config", "provenance", "description",           # in a best_config.yaml; in a base file or preset
+                 "search", "asha", "objective", "decision", "resources")
 
 
 def flatten(settings: Any, where: str) -> dict[str, Any]:
@@ -220,22 +228,27 @@ def flatten(settings: Any, where: str) -> dict[str, Any]:
     if settings is None:
         return {}
     if not isinstance(settings, Mapping):
-        raise InputError(f"{where}: {settings!r} should be a mapping of settings, like {{train: {{epochs: 10}}}}")
+        raise InputError(f"{where}: {shown(settings)} should be a mapping of settings, like {{train: {{epochs: 10}}}}")
     flat: dict[str, Any] = {}
+    said: list[str] = []
     for key, value in settings.items():
-        if key in SECTIONS:
-            if not isinstance(value, Mapping):
-                raise InputError(f"{where}: {key}: {value!r} should be a mapping of its settings"
-                                 f" ({', '.join(SECTIONS[key].model_fields)})")
+        if key not in SECTIONS:
+            inner = {str(key): value}
+        elif isinstance(value, Mapping):
             inner = {f"{key}.{name}": item for name, item in value.items()}
         else:
-            inner = {str(key): value}
+            inner = {}
+            said.append(f"{key}: {shown(value)} should be a mapping of its settings"
+                        f" ({', '.join(SECTIONS[key].model_fields)})")
         for name, item in inner.items():
             if name not in KEYS:
-                raise InputError(f"{where}: {name!r} is no setting{_near_key(name)}")
-            if name in flat:
-                raise InputError(f"{where}: {name} is given twice")
-            flat[name] = item
+                said.append(f"{shown(name)} is no setting{_near_key(name)}")
+            elif name in flat:
+                said.append(f"{name} is given twice")
+            else:
+                flat[name] = item
+    if said:
+        raise InputError("\n".join(f"{where}: {line}" for line in said))
     return flat
 
 
@@ -260,29 +273,32 @@ def make_config(flat: Mapping[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(nest(flat))
     except ValidationError as error:
-        raise InputError(describe(error, where)) from None
+        raise InputError(describe(error, where, Config)) from None
 
 
-def describe(error: ValidationError, where: str, known: Iterable[str] | None = None) -> str:
-    """A pydantic error as one message a line: where, key, value, what is wrong with it."""
-    lines = []
-    for item in error.errors(include_url=False):
-        key = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            said = f"unknown key {key!r}{did_you_mean(item['loc'][-1], known or ())}"
-        elif item["type"] == "value_error":      # our own checks name key and value themselves
-            said = str(item["ctx"]["error"])
-        else:
-            said = f"{key}: {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
-        if said not in lines:
-            lines.append(said)
-    return "\n".join(f"{where}: {line}" for line in lines)
+def check_values(flat: Mapping[str, Any], where: str) -> None:
+    """Raise :class:`InputError` for values that no configuration can hold, whatever the other settings are."""
+    try:
+        Config.model_validate(nest(flat))
+    except ValidationError as error:
+        if said := describe(error, where, Config, alone=True):
+            raise InputError(said) from None
 
 
-def absolute_paths(flat: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The same settings with relative paths made absolute from ``folder``."""
-    return {key: str((folder / Path(value).expanduser()).resolve())
-            if key in PATH_KEYS and isinstance(value, str) else value for key, value in flat.items()}
+def absolute_paths(flat: Mapping[str, Any], folder: Path, where: str = "") -> dict[str, Any]:
+    """The same settings with relative paths made absolute from ``folder``; ``~`` is the home folder.
+
+    Raises :class:`InputError` where there is no such home folder.
+    """
+    absolute = dict(flat)
+    for key in PATH_KEYS:
+        value = flat.get(key)
+        if isinstance(value, str):
+            try:
+                absolute[key] = os.path.realpath(folder / Path(value).expanduser())
+            except (RuntimeError, OSError, ValueError) as error:
+                raise InputError(f"{where + ': ' if where else ''}{key}: {shown(value)}: {error}") from None
+    return absolute
 
 
 def load_config(path: str | Path) -> Config:
@@ -293,10 +309,18 @@ def load_config(path: str | Path) -> Config:
     content = read_yaml(path)
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: should hold a configuration: config: {{data: …, model: …, loss: …, train: …}}")
-    if "arms" in content or "space" in content:
+    if any(key in content for key in ("name", "inherits", "arms", "space")):
         raise InputError(f"{path}: is a sweep, not one configuration; run it with: python tune_runner.py {path}")
-    flat = flatten(content["config"] if "config" in content else content, str(path))
-    return make_config(absolute_paths(flat, Path(path).resolve().parent), str(path))
+    settings = content
+    if "config" in content:
+        settings = content["config"]
+        for key in content:
+            if key not in BESIDE_CONFIG:
+                raise InputError(f"{path}: unknown key {shown(key)} beside config"
+                                 + (f": it belongs into it, as config: {{{key}: …}}" if key in SECTIONS
+                                    else did_you_mean(key, BESIDE_CONFIG)))
+    flat = flatten(settings, str(path))
+    return make_config(absolute_paths(flat, Path(path).resolve().parent, str(path)), str(path))
 
 
 def check_heads(config: Config, classes: int, labels: int) -> None:

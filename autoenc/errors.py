@@ -37,7 +37,16 @@ def command(main: Callable[[list[str]], int]) -> None:
         print("interrupted: what was done is kept; the same command goes on from here", file=sys.stderr)
         code = 130
     except BrokenPipeError:
-        # The reader of a pipe (head, less) left: not an error, but the interpreter would flush again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code = _reader_left()
+    except OSError as error:
+        # A full disk, a folder that vanished: what is written stays readable.
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}; what was done is kept", file=sys.stderr)
+        code = 1
     sys.exit(code)
+
+
+def _reader_left() -> int:
+    """The reader of a pipe (head, less) left: not an error, but the interpreter would flush again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0

@@ -24,7 +24,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         beside.chmod(0o666 & ~umask)      # mkstemp makes it private; outputs follow the person's umask
-        os.replace(beside, path)
+        beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -41,10 +41,15 @@ def write_atomic(path: str | os.PathLike, content: str | bytes | Callable[[Binar
 
 
 def append_line(path: str | os.PathLike, line: str) -> None:
-    """Append one line with a single write, so that lines of several writers never mix."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    """Append one line with a single write, so that lines of several writers never mix.
+
+    A last line that lacks its end (a full disk, a kill) is ended first, so that only it is lost.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        os.write(descriptor, line.rstrip("\n").encode() + b"\n")
+        size = os.fstat(descriptor).st_size
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        os.write(descriptor, b"\n" * torn + line.rstrip("\n").encode() + b"\n")
     finally:
         os.close(descriptor)
 

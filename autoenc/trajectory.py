@@ -4,7 +4,8 @@
     metrics.csv     a row an epoch, appended
     status.json     where it stands, on what it ran
     latest.pt       everything to go on from; written first, so that all else can be derived from it
-    best.pt         weights of the best epoch; best_epoch_0007.pt where a shorter budget's best was another
+    best_epoch_0007.pt   weights of the best epoch, and of the best within a budget that ended earlier
+    best.pt         the same file as the best epoch's
     figures.json    figures computed once, on best weights
     samples/        epoch_*.png
     tensorboard/    events
@@ -18,6 +19,7 @@ import csv
 import io
 import json
 import math
+import os
 import platform
 import shutil
 import socket
@@ -29,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoenc import figures
 from autoenc.config import Config
-from autoenc.files import append_line, content_hash, write_atomic
+from autoenc.files import append_line, content_hash, replacing, write_atomic
 from autoenc.yamlfile import dump_yaml
 
 if TYPE_CHECKING:
@@ -94,18 +96,17 @@ class Trajectory:
     def figures(self, epoch: int) -> Row:
         """The figures computed on the weights of this epoch (``latent/smoothness``), where they have been."""
         try:
-            content = json.loads(_read_text(self.folder / "figures.json"))
-            return {str(key): float(value) for key, value in content.get(str(epoch), {}).items()}
+            return {str(key): float(value) for key, value in self._all_figures().get(str(epoch), {}).items()}
         except (ValueError, AttributeError, TypeError):
             return {}
 
     def weights(self, epoch: int) -> Path | None:
         """The checkpoint with the weights of this epoch, where one is kept."""
-        kept = self.folder / f"best_epoch_{epoch:04d}.pt"
-        if kept.is_file():
-            return kept
-        best = self.folder / "best.pt"
-        return best if best.is_file() and self.status().get("best_epoch") == epoch else None
+        path = self._weights_path(epoch)
+        return path if path.is_file() else None
+
+    def _weights_path(self, epoch: int) -> Path:
+        return self.folder / f"best_epoch_{epoch:04d}.pt"          # named by its epoch: never mistaken for another
 
     def train(self, config: Config, dataset: Dataset, device: str) -> Iterator[Row]:
         """Train from where the folder stands to the configuration's end; yields each new epoch's row, once on disk.
@@ -120,16 +121,26 @@ class Trajectory:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.folder / "config.yaml", dump_yaml({"config": config.nested()}))
         rows, resume = self._recover()
-        if own_end(rows, config) is not None:
-            return
-        self._keep_best(rows, config)
         seconds = sum(row["seconds"] for row in rows)
         about = _about(config, device, dataset)
+        before = self.status().get("state")
+        if own_end(rows, config) is not None:
+            if before == "training":                             # killed after the last epoch was stored
+                self._write_status(about, "completed", rows, config, seconds)
+            return
+        # The best within a budget that has ended stays: a decision may rest on it. So do those kept before.
+        best = resume["best"] if resume else 0
+        spare = {best} if before != "completed" else set()
         self._write_status(about, "training", rows, config, seconds)
         events = SummaryWriter(logdir=str(self.folder / "tensorboard"))
         try:
             for result in train(config, dataset, device=device, resume=resume, history=rows):
-                row = self._record(result)
+                row = self._record(result, best)
+                if result.improved:
+                    if best in spare:
+                        self._weights_path(best).unlink(missing_ok=True)
+                    best = result.epoch
+                    spare.add(best)
                 rows.append(row)
                 seconds += row["seconds"]
                 self._write_status(about, "training", rows, config, seconds)
@@ -155,7 +166,7 @@ class Trajectory:
 
         for result in train(config, dataset, device=device):
             if result.epoch == epoch:
-                self._save_best(result.state() | {"epoch": epoch}, f"best_epoch_{epoch:04d}.pt")
+                self._save_weights(result.state())
             yield {"epoch": result.epoch, "seconds": result.seconds, **result.metrics}
             if result.epoch == epoch:
                 return
@@ -172,8 +183,15 @@ class Trajectory:
                 raise FileNotFoundError(f"{self.folder}: the weights of epoch {epoch} are not kept")
             images = dataset.images[dataset.splits["val"]]
             found["latent/smoothness"] = smoothness(load_model(path, device=device), images)
-            write_atomic(self.folder / "figures.json", json.dumps({str(epoch): found}))
+            write_atomic(self.folder / "figures.json", json.dumps(self._all_figures() | {str(epoch): found}))
         return found
+
+    def _all_figures(self) -> dict[str, Any]:
+        try:
+            content = json.loads(_read_text(self.folder / "figures.json"))
+        except ValueError:
+            return {}
+        return content if isinstance(content, dict) else {}
 
     def _recover(self) -> tuple[list[Row], dict[str, Any] | None]:
         """The rows and the checkpoint to go on from, brought to the same epoch."""
@@ -195,18 +213,16 @@ class Trajectory:
         rows = rows[:epoch]
         if rows != self.rows() or (rows and not _read_text(self.folder / "metrics.csv").endswith("\n")):
             write_atomic(self.folder / "metrics.csv", csv_text(rows))
-        if checkpoint and checkpoint["best"] == epoch and self.status().get("best_epoch") != epoch:
-            self._save_best(checkpoint)                      # killed before best.pt followed
+        if checkpoint and checkpoint["best"] == epoch:
+            self._save_best(checkpoint)                      # it may have been killed before these followed
         return rows, checkpoint
 
-    def _record(self, result: EpochResult) -> Row:
+    def _record(self, result: EpochResult, best: int) -> Row:
         """Put an epoch on disk: the checkpoint first, so that a kill at any point loses nothing of it."""
         from autoenc.checkpoint import save_checkpoint
 
         row: Row = {"epoch": result.epoch, "seconds": round(result.seconds, 4), **result.metrics}
-        state = result.state()
-        previous = self.status().get("best_epoch", 0)
-        state |= {"row": row, "best": result.epoch if result.improved else previous}
+        state = result.state() | {"row": row, "best": result.epoch if result.improved else best}
         save_checkpoint(self.folder / "latest.pt", state)
         path = self.folder / "metrics.csv"
         header = _header(_read_text(path))
@@ -220,19 +236,21 @@ class Trajectory:
             self._save_samples(result)
         return row
 
-    def _save_best(self, state: dict[str, Any], name: str = "best.pt") -> None:
-        from autoenc.checkpoint import save_checkpoint
+    def _save_weights(self, state: dict[str, Any]) -> Path:
+        from autoenc.checkpoint import model_checkpoint, save_checkpoint
 
-        keep = ("format", "config", "shapes", "epoch", "metrics", "model")
-        save_checkpoint(self.folder / name, {key: state[key] for key in keep if key in state})
+        path = self._weights_path(state["epoch"])
+        save_checkpoint(path, model_checkpoint({k: v for k, v in state.items() if k not in ("row", "best")}))
+        return path
 
-    def _keep_best(self, rows: list[Row], config: Config) -> None:
-        """Before going on beyond a finished budget: its best weights stay, a decision rests on them."""
-        row = best_row(rows, config)
-        if row is not None:
-            path, kept = self.weights(int(row["epoch"])), self.folder / f"best_epoch_{int(row['epoch']):04d}.pt"
-            if path is not None and not kept.exists():
-                shutil.copyfile(path, kept)
+    def _save_best(self, state: dict[str, Any]) -> None:
+        path = self._save_weights(state)
+        with replacing(self.folder / "best.pt") as beside:
+            beside.unlink()
+            try:
+                os.link(path, beside)
+            except OSError:                                  # a file system without hard links
+                shutil.copyfile(path, beside)
 
     def _save_samples(self, result: EpochResult) -> None:
         from PIL import Image
@@ -278,7 +296,7 @@ def _parse_rows(text: str) -> list[Row]:
     if header[:2] != ["epoch", "seconds"]:
         return []
     rows: list[Row] = []
-    for cells in csv.reader(lines[1:-1] if text.endswith("\n") else lines[1:]):
+    for cells in csv.reader(lines[1:-1]):                    # a last line without its end may lack digits: it is none
         try:
             row = {name: float(cell) for name, cell in zip(header, cells, strict=True) if cell != ""}
         except ValueError:

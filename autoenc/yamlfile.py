@@ -1,7 +1,8 @@
-"""YAML in and out: safe types only, bounded, with errors that say where.
+"""YAML in and out: plain values only, bounded, with errors that say where.
 
-Differs from plain PyYAML where that surprises people: ``1e-4`` is a number (YAML 1.1 reads a string), a key
-given twice is an error (PyYAML keeps the last), aliases are refused (a few lines of them can fill the memory).
+Differs from plain PyYAML where that surprises people. Words are read as in YAML 1.2's core schema: ``1e-4`` is a
+number, ``no`` a word, ``010`` ten, ``1:30`` no number in base 60. A key given twice is an error (PyYAML keeps the
+last), and so are tags and aliases (a few lines of aliases can fill the memory).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -17,63 +18,97 @@ from autoenc.errors import InputError
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
+MAX_DIGITS = 300                        # of an integer
+
+_UNWRITABLE = re.compile(r"[\x00\ud800-\udfff]")
+_LINE_ENDS = re.compile(r"[\r\x85\u2028\u2029]")
+
+# YAML 1.2's core schema, in plain decimal: tag -> the words that are no text, and their possible first characters.
+_WORDS = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "int": (r"[-+]?[0-9]+", "-+0123456789"),
+    "float": (r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+              "-+.0123456789"),
+}
+
+
+def _fault(problem: str, mark: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
 class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: ClassVar[dict] = {}
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.MarkedYAMLError(problem=f"alias *{event.anchor} is not allowed", problem_mark=event.start_mark)
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise _fault(f"alias *{event.anchor} is not allowed", event.start_mark)
+        if event.tag is not None:
+            raise _fault(f"tag {event.tag!r} is not allowed", event.start_mark)
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=mark)
+            raise _fault(f"nested deeper than {MAX_DEPTH} levels", event.start_mark)
         try:
             return super().compose_node(parent, index)
         finally:
             self.depth -= 1
 
+    def construct_int(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > MAX_DIGITS:
+            raise _fault(f"a number of more than {MAX_DIGITS} digits", node.start_mark)
+        return int(node.value)
+
+    def construct_text(self, node: yaml.ScalarNode) -> str:
+        if _UNWRITABLE.search(node.value):
+            raise _fault("a text with a character that no file name or UTF-8 text can hold", node.start_mark)
+        return node.value
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key must be a plain word", problem_mark=key_node.start_mark)
+                raise _fault("a key must be a plain word", key_node.start_mark)
             key = self.construct_object(key_node)
             if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark)
+                raise _fault(f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-# The float of YAML 1.2's core schema: an exponent needs neither a dot nor a sign.
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers
-            if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:merge")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)[eE][-+]?[0-9]+|[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)"
-               r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that either schema, PyYAML's or the one here, would read as something else."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        # PyYAML writes these ends of lines as they are, and reads them as "\n".
+        style = '"' if _LINE_ENDS.search(text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+for _tag, (_pattern, _first) in _WORDS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_int)
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_text)
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def parse_yaml(text: str, where: str) -> Any:
     """The value of a YAML text. ``where`` names it in messages.
 
-    Raises :class:`InputError` for text that is no YAML, has a key twice, an alias or too many levels.
+    Values are mappings, lists, texts, numbers, booleans and None. Raises :class:`InputError` for text that is no YAML,
+    has a key twice, a tag, an alias or too many levels.
     """
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise InputError(f"{where}:{line} {error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, TypeError) as error:
-        raise InputError(f"{where}: no readable YAML: {str(error).splitlines()[0] if str(error) else error!r}") from None
+        line = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
+        said = ", ".join(part for part in (error.context, error.problem) if part)
+        raise InputError(f"{where}:{line} {said}") from None
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:     # "\\UFFFFFFFF" is a ValueError
+        raise InputError(f"{where}: no readable YAML: {str(error).splitlines()[0]}") from None
 
 
 def read_yaml(path: str | os.PathLike) -> Any:
@@ -96,4 +131,4 @@ def read_yaml(path: str | os.PathLike) -> Any:
 
 def dump_yaml(value: Any) -> str:
     """YAML text of plain values, keys in the order given."""
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)

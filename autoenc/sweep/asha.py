@@ -36,11 +36,17 @@ def rung_epochs(grace: int, factor: int, epochs: int) -> list[int]:
 
 
 def excess(value: float, best: float, mode: str) -> float:
-    """How much worse than the best, as a share of the best's size; 0 for the best itself."""
-    gap = value - best if mode == "min" else best - value
-    if gap <= 0:
+    """How much worse than the best, as a share of the best's size: 0 where it is not worse, infinite where it is and
+    the best is 0 or infinite, or the value NaN."""
+    if not better(mode, best, value):
         return 0.0
-    return gap / abs(best) if best else math.inf
+    measurable = best and math.isfinite(best) and not math.isnan(value)
+    return abs(value - best) / abs(best) if measurable else math.inf
+
+
+def within(share: float, tolerance: float) -> bool:
+    """Whether an excess lies within a tolerance. What equals it but for rounding does: 0.33 is within 10% of 0.3."""
+    return share <= tolerance * (1 + 1e-9)
 
 
 @dataclass
@@ -56,25 +62,26 @@ class Rungs:
         """Record a trial's value at an epoch; a :class:`Stop` where it should end there.
 
         ``fit``: whether the decision's requirements hold for it so far; an unfit trial never costs another its slot.
+        A value that is not finite (an undefined figure) is neither judged nor a measure.
         """
-        if epoch not in self.epochs:
+        if epoch not in self.epochs or not math.isfinite(value):
             return None
         self.record(trial, epoch, value, fit=fit)
-        others = [other for name, other in self.recorded[epoch].items() if name != trial]
         rivals = {name: other for name, other in self.recorded[epoch].items()
                   if name != trial and name not in self.unfit}
         if not rivals:
             return None
-        cutoff = self._cutoff(others)
+        cutoff = self._cutoff(list(rivals.values()))
         best = (min if self.mode == "min" else max)(rivals.values())
-        if better(self.mode, cutoff, value) and excess(value, best, self.mode) > self.margin:
+        if better(self.mode, cutoff, value) and not within(excess(value, best, self.mode), self.margin):
             beaten_by = tuple(sorted(name for name, other in rivals.items() if better(self.mode, other, value)))
             return Stop(epoch, value, cutoff, best, beaten_by)
         return None
 
     def record(self, trial: str, epoch: int, value: float, *, fit: bool = True) -> None:
         """Record a value without judging it: what the store holds already."""
-        self.recorded.setdefault(epoch, {})[trial] = value
+        if math.isfinite(value):
+            self.recorded.setdefault(epoch, {})[trial] = value
         (self.unfit.discard if fit else self.unfit.add)(trial)
 
     def forget(self, trial: str) -> None:

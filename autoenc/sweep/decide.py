@@ -17,10 +17,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 from autoenc.figures import better
-from autoenc.sweep.asha import excess
-from autoenc.sweep.spec import Decision, Measured
-
-CONFIDENCE = 0.95
+from autoenc.sweep.asha import excess, within
+from autoenc.sweep.evidence import CONFIDENCE, interval, log_ratios, upper_bound, worse
+from autoenc.sweep.parts import Decision, Measured
 
 
 @dataclass(frozen=True)
@@ -60,14 +59,19 @@ class Candidate:
                 if record.status == "completed" and (seeds is None or record.seed in seeds)]
 
     def mean(self, metric: str, seeds: Sequence[int] | None = None) -> float:
+        """NaN where a seed lacks the figure; infinite where it is (the PSNR of a perfect reconstruction)."""
         values = self.values(metric, seeds)
-        return fmean(values) if values and all(math.isfinite(value) for value in values) else math.nan
+        infinite = {value for value in values if math.isinf(value)}
+        if not values or any(map(math.isnan, values)) or len(infinite) > 1:
+            return math.nan
+        return infinite.pop() if infinite else fmean(values)
 
 
 def group(records: Sequence[Record], order: Sequence[str]) -> list[Candidate]:
-    """Candidates in the file's order, their trials by seed; equal records count once."""
+    """Candidates in the file's order, their trials by seed; records of one arm and seed count once."""
     arms: dict[str, dict[int, Record]] = {arm: {} for arm in order}
-    for record in sorted(records, key=lambda r: (r.seed, r.trial)):
+    for record in sorted(records, key=lambda r: (r.seed, r.arm, r.trial, r.status, r.epochs, r.best_epoch,
+                                                 repr(sorted(r.figures.items())))):
         arms.setdefault(record.arm, {})[record.seed] = record
     return [Candidate(arm, tuple(trials.values())) for arm, trials in arms.items() if trials]
 
@@ -84,8 +88,8 @@ def finalists(records: Sequence[Record], order: Sequence[str], objective: Measur
     named = {rule.pick, rule.baseline.arm if rule.baseline else None}
     first = _first_seeds(able)
     return [c.arm for c in candidates if c.arm in named or (
-        c in able and excess(c.mean(objective.metric, first), best.mean(objective.metric, first),
-                             objective.direction) <= reach)]
+        c in able and within(excess(c.mean(objective.metric, first), best.mean(objective.metric, first),
+                                    objective.direction), reach))]
 
 
 def decide(records: Sequence[Record], order: Sequence[str], objective: Measured, rule: Decision) -> dict[str, Any]:
@@ -122,10 +126,10 @@ def decide(records: Sequence[Record], order: Sequence[str], objective: Measured,
 def _row(candidate: Candidate, metric: str, verdict: str, reasons: list[str]) -> dict[str, Any]:
     score = candidate.mean(metric)
     values = candidate.values(metric)
-    se = stdev(values) / math.sqrt(len(values)) if len(values) > 1 and not math.isnan(score) else None
+    se = stdev(values) / math.sqrt(len(values)) if len(values) > 1 and math.isfinite(score) else None
     return {"arm": candidate.arm, "trials": [record.trial for record in candidate.records],
             "seeds": [record.seed for record in candidate.records],
-            "score": None if math.isnan(score) else score, "se": se,
+            "score": score if math.isfinite(score) else None, "se": se,
             "epochs": sum(record.epochs for record in candidate.records), "verdict": verdict, "reasons": reasons}
 
 
@@ -172,21 +176,22 @@ def _best(candidates: Sequence[Candidate], objective: Measured, seeds: Sequence[
 def _choose(able: list[Candidate], objective: Measured, rule: Decision, told: dict[str, tuple[str, list[str]]],
             reasons: list[str]) -> Candidate:
     metric, mode = objective.metric, objective.direction
-    most = max(len(candidate.seeds) for candidate in able)
-    final = [candidate for candidate in able if len(candidate.seeds) == most]      # finalists have the further seeds
-    seeds = _shared_seeds(final)
+    first = _first_seeds(able)
+    leader = _best(able, objective, first)
+    # Finalists have the further seeds; should they all have failed there, the first one has to do.
+    seeds = leader.seeds
+    final = [candidate for candidate in able if set(seeds) <= set(candidate.seeds)]
     best = _best(final, objective, seeds)
     top = best.mean(metric, seeds)
     over = f"mean of seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else "one seed"
     reasons.append(f"{best.arm} has the best {metric}: {_number(top)} ({over})")
 
     equal = []
-    within = rule.within or 0.0
+    tolerance, samples = rule.within or 0.0, _paired(final, best, metric, seeds)
     for candidate in able:
         if candidate not in final:
-            first = _first_seeds(able)
-            behind = excess(candidate.mean(metric, first), best.mean(metric, first), mode)
-            told[candidate.arm] = ("worse", [f"{_percent(behind)} behind {best.arm} on the first seed: no finalist"])
+            behind = excess(candidate.mean(metric, first), leader.mean(metric, first), mode)
+            told[candidate.arm] = ("worse", [f"{_percent(behind)} behind {leader.arm} on the first seed: no finalist"])
             continue
         value = candidate.mean(metric, seeds)
         behind = excess(value, top, mode)
@@ -194,17 +199,26 @@ def _choose(able: list[Candidate], objective: Measured, rule: Decision, told: di
             equal.append(candidate)
             told[candidate.arm] = ("best", [f"best {metric}: {_number(value)}"])
             continue
-        bound = _upper_bound(candidate, best, final, metric, mode, seeds) if rule.evidence == "shown" else behind
-        how = f"{_percent(behind)} behind {best.arm}"
+        how, bound = f"{_percent(behind)} behind {best.arm}", behind
         if rule.evidence == "shown":
-            how += f", at most {_percent(bound)} with {CONFIDENCE:.0%} confidence"
-        if bound <= within and (within > 0 or behind == 0):
+            bound = upper_bound(samples[candidate.arm], list(samples.values()), mode)
+            how += (f", at most {_percent(bound)} with {CONFIDENCE:.0%} confidence" if math.isfinite(bound) else
+                    ", and the seeds bound it nowhere")
+        if within(bound, tolerance) and (tolerance > 0 or behind == 0):
             equal.append(candidate)
-            told[candidate.arm] = ("as good", [f"{how}: within {_percent(within)}"])
+            told[candidate.arm] = ("as good", [f"{how}: within {_percent(tolerance)}"])
         else:
-            told[candidate.arm] = ("worse", [how + (f": not shown to be within {_percent(within)}"
-                                                    if rule.evidence == "shown" and behind <= within else "")])
+            told[candidate.arm] = ("worse", [how + (f": not shown to be within {_percent(tolerance)}"
+                                                    if rule.evidence == "shown" and within(behind, tolerance) else "")])
     return _prefer(equal, best, rule, seeds, told, reasons)
+
+
+def _paired(candidates: Sequence[Candidate], other: Candidate, metric: str,
+            seeds: Sequence[int]) -> dict[str, list[float]]:
+    """The log ratios to ``other``, seed by seed, of every other candidate."""
+    values = other.values(metric, seeds)
+    return {candidate.arm: log_ratios(candidate.values(metric, seeds), values)
+            for candidate in candidates if candidate is not other}
 
 
 def _prefer(equal: list[Candidate], best: Candidate, rule: Decision, seeds: Sequence[int],
@@ -217,80 +231,44 @@ def _prefer(equal: list[Candidate], best: Candidate, rule: Decision, seeds: Sequ
         if len(left) == 1:
             break
         values = {candidate.arm: candidate.mean(preference.metric, seeds) for candidate in left}
-        known = [value for value in values.values() if not math.isnan(value)]
-        if not known:
+        measured = [value for value in values.values() if not math.isnan(value)]
+        if not measured:
             reasons.append(f"{preference.metric} is known of none of them")
             continue
         mode = preference.direction
-        top = min(known) if mode == "min" else max(known)
+        top = min(measured) if mode == "min" else max(measured)
         keep = [candidate for candidate in left if not math.isnan(values[candidate.arm])
-                and excess(values[candidate.arm], top, mode) <= preference.within]
+                and within(excess(values[candidate.arm], top, mode), preference.within)]
         told_values = ", ".join(f"{arm} {_number(value)}" for arm, value in values.items())
         reasons.append(f"{'smaller' if mode == 'min' else 'larger'} {preference.metric} is preferred: {told_values}")
         for candidate in left:
             if candidate not in keep:
                 value = values[candidate.arm]
-                told[candidate.arm][1].append(
-                    f"{preference.metric} " + ("is not known" if math.isnan(value) else f"{_number(value)} against {_number(top)}"))
+                known = "is not known" if math.isnan(value) else f"{_number(value)} against {_number(top)}"
+                told[candidate.arm][1].append(f"{preference.metric} {known}")
         left = keep
     winner = left[0]
     if len(left) > 1:
         names = ", ".join(candidate.arm for candidate in left)
         reasons.append(f"nothing sets {names} apart by the rule: {winner.arm} comes first in the file")
+    reasons.append(f"{winner.arm} wins by the rule" + ("" if winner is best else f", {told[winner.arm][1][0]}"))
     told[winner.arm] = ("winner", told[winner.arm][1])
-    reasons.append(f"{winner.arm} wins" + ("" if winner is best else f", {told[winner.arm][1][0]}"))
     return winner
 
 
 def _picked(rule: Decision, chosen: Candidate | None, able: list[Candidate], told: dict[str, tuple[str, list[str]]],
             reasons: list[str]) -> Candidate | None:
     picked = next((candidate for candidate in able if candidate.arm == rule.pick), None)
+    if chosen is not None and chosen is not picked:
+        told[chosen.arm] = ("rule's choice", told[chosen.arm][1])
     if picked is None:
         reasons.append(f"{rule.pick} was picked by a person, but cannot win: "
                        + (told[rule.pick][1][0] if rule.pick in told else "there is no such candidate"))
         return None
     instead = f" over the rule's choice, {chosen.arm}" if chosen is not None and chosen is not picked else ""
     reasons.append(f"{picked.arm} was picked by a person{instead}: {rule.because or 'no reason given'}")
-    if chosen is not None and chosen is not picked:
-        told[chosen.arm] = ("rule's choice", told[chosen.arm][1])
     told[picked.arm] = ("winner", told[picked.arm][1])
     return picked
-
-
-def _log_ratios(candidate: Candidate, other: Candidate, metric: str, seeds: Sequence[int]) -> list[float]:
-    """Per seed: log of candidate over other (seeds are paired, so what they share cancels)."""
-    pairs = zip(candidate.values(metric, seeds), other.values(metric, seeds), strict=True)
-    return [math.log(a / b) if a > 0 and b > 0 else math.nan for a, b in pairs]
-
-
-def _pooled(candidates: Sequence[Candidate], other: Candidate, metric: str, seeds: Sequence[int]) -> tuple[float, int]:
-    """Standard deviation of the paired log ratios to ``other``, pooled over candidates, and its degrees of freedom."""
-    squares, freedom = 0.0, 0
-    for candidate in candidates:
-        if candidate is not other:
-            ratios = _log_ratios(candidate, other, metric, seeds)
-            squares += sum((ratio - fmean(ratios)) ** 2 for ratio in ratios)
-            freedom += len(ratios) - 1
-    return (math.sqrt(squares / freedom) if freedom > 0 else math.nan), freedom
-
-
-def _upper_bound(candidate: Candidate, best: Candidate, final: Sequence[Candidate], metric: str, mode: str,
-                 seeds: Sequence[int]) -> float:
-    """One-sided upper confidence bound of the candidate's excess over the best: a t interval on paired log ratios,
-    corrected (Bonferroni) for the number of comparisons; infinite where the figures are not positive or seeds lack."""
-    ratios = _log_ratios(candidate, best, metric, seeds)
-    spread, freedom = _pooled(final, best, metric, seeds)
-    if len(ratios) < 2 or not math.isfinite(spread) or any(math.isnan(ratio) for ratio in ratios):
-        return math.inf
-    sign = 1 if mode == "min" else -1
-    error = _t_quantile(1 - (1 - CONFIDENCE) / (len(final) - 1), freedom) * spread / math.sqrt(len(ratios))
-    return max(0.0, math.expm1(sign * fmean(ratios) + error))
-
-
-def _t_quantile(probability: float, freedom: int) -> float:
-    from scipy.special import stdtrit
-
-    return float(stdtrit(freedom, probability))
 
 
 def _against_baseline(candidates: list[Candidate], objective: Measured, rule: Decision,
@@ -299,25 +277,20 @@ def _against_baseline(candidates: list[Candidate], objective: Measured, rule: De
     baseline = rule.baseline and next((c for c in candidates if c.arm == rule.baseline.arm), None)
     if not baseline or baseline.broken:
         return
-    others = [c for c in candidates if c is not baseline and not c.broken]
+    mode = objective.direction
+    others = [candidate for candidate in candidates if candidate is not baseline and not candidate.broken]
     for candidate in others:
         seeds = _shared_seeds([candidate, baseline])
-        ratios = _log_ratios(candidate, baseline, objective.metric, seeds) if seeds else []
-        if not ratios or any(math.isnan(ratio) for ratio in ratios):
+        samples = _paired([c for c in others if set(seeds) <= set(c.seeds)], baseline, objective.metric, seeds)
+        ratios = samples[candidate.arm]
+        if not ratios:
             continue
-        sign = 1 if objective.direction == "min" else -1
-        change = math.expm1(sign * fmean(ratios))
+        change = worse(fmean(ratios), mode)
         text = f"against {baseline.arm}: {_percent(abs(change))} {'worse' if change > 0 else 'better'}"
-        paired = [c for c in others if set(seeds) <= set(c.seeds)]
-        spread, freedom = _pooled(paired, baseline, objective.metric, seeds)
-        if len(ratios) > 1 and math.isfinite(spread):
-            share = 1 - (1 - CONFIDENCE) / 2 / len(others)
-            error = _t_quantile(share, freedom) * spread / math.sqrt(len(ratios))
-            ends = sorted(math.expm1(sign * fmean(ratios) + s * error) for s in (-1, 1))
-            text += f" ({CONFIDENCE:.0%} interval {ends[0]:+.1%} to {ends[1]:+.1%}, {len(ratios)} seeds)"
-        else:
-            text += " (one seed: says nothing about the noise)"
-        told[candidate.arm][1].append(text)
+        ends = interval(ratios, list(samples.values()), mode)
+        told[candidate.arm][1].append(text + (
+            f" ({CONFIDENCE:.0%} interval {ends[0]:+.1%} to {ends[1]:+.1%}, {len(ratios)} seeds)" if ends else
+            " (one seed: says nothing about the noise)"))
 
 
 def compounded(chain: Sequence[float]) -> float:
@@ -328,18 +301,18 @@ def compounded(chain: Sequence[float]) -> float:
 def concession(decision: Mapping[str, Any]) -> float:
     """How far the winner's score lies behind the best score of a candidate that could have won."""
     rows = {row["arm"]: row for row in decision["candidates"]}
-    if decision["winner"] is None:
+    won = rows.get(decision["winner"])
+    if won is None or won["score"] is None:
         return 0.0
     mode = decision["rule"]["objective"]["mode"]
-    seeds = len(rows[decision["winner"]]["seeds"])
-    scores = [row["score"] for row in rows.values() if row["score"] is not None and len(row["seeds"]) == seeds
+    scores = [row["score"] for row in rows.values()
+              if row["score"] is not None and len(row["seeds"]) == len(won["seeds"])
               and row["verdict"] in ("winner", "best", "as good", "worse", "rule's choice")]
-    best = min(scores) if mode == "min" else max(scores)
-    return excess(rows[decision["winner"]]["score"], best, mode)
+    return excess(won["score"], min(scores) if mode == "min" else max(scores), mode)
 
 
 def _number(value: float) -> str:
-    return f"{value:.4g}" if abs(value) < 100_000 else f"{value:,.0f}"
+    return f"{value:,.0f}" if 100_000 <= abs(value) < 1e12 else f"{value:.4g}"
 
 
 def _percent(share: float) -> str:

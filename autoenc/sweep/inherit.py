@@ -6,24 +6,18 @@ A configuration is made of, later over earlier: base.yaml; the parent's winner; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autoenc.config import KEYS, SECTIONS, Config, absolute_paths, flatten, make_config
+from autoenc.checks import Faults, shown
+from autoenc.config import KEYS, SECTIONS, Config, flatten, make_config
 from autoenc.errors import InputError, did_you_mean
 from autoenc.files import content_hash
-from autoenc.sweep.spec import (
-    PARTIAL_KEYS,
-    PARTS,
-    Layer,
-    Spec,
-    build_spec,
-    make_part,
-    read_layer,
-    read_sweep,
-)
+from autoenc.sweep.parts import PARTS, make_part
+from autoenc.sweep.spec import PARTIAL_KEYS, Layer, Spec, build_spec, read_layer, read_settings, read_sweep
 from autoenc.trajectory import FORMAT
 from autoenc.yamlfile import parse_yaml, read_yaml
 
@@ -43,7 +37,7 @@ class Override:
         where = f"--set {self.text}"
         section, _, name = self.key.partition(".")
         if self.key in KEYS:
-            return Layer(where, config=absolute_paths({self.key: self.value}, folder))
+            return Layer(where, config=read_settings({self.key: self.value}, folder, where))
         if self.key == "asha":
             if self.value is not False:
                 raise InputError(f"{where}: asha takes false here, or set one of its settings: --set asha.margin=10%")
@@ -70,10 +64,12 @@ def find_preset(name: str, sweep: Path) -> Path:
     """The preset's file: beside the sweep, else the project's. Raises :class:`InputError`."""
     folders = [sweep.resolve().parent / "presets", PROJECT_SWEEPS / "presets"]
     for folder in folders:
-        if (folder / f"{name}.yaml").is_file() and Path(name).name == name:
-            return folder / f"{name}.yaml"
+        path = folder / f"{name}.yaml"
+        if Path(name).name == name and os.path.isfile(path):     # noqa: PTH113 (Path.is_file raises for long names)
+            return path
     known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
-    raise InputError(f"--preset {name}: no presets/{name}.yaml beside {sweep} or in the project{did_you_mean(name, known)}")
+    raise InputError(f"--preset {name}: no presets/{name}.yaml beside {sweep} or in the project"
+                     f"{did_you_mean(name, known)}")
 
 
 def load_chain(sweep: Path, presets: Sequence[str] = (), overrides: Sequence[Override] = ()) -> list[Spec]:
@@ -82,27 +78,45 @@ def load_chain(sweep: Path, presets: Sequence[str] = (), overrides: Sequence[Ove
     Raises :class:`InputError`: unreadable or wrong files, a circle of ``inherits``, a preset or ``--set`` that would
     overwrite what a sweep of the chain decides.
     """
-    files, base = _follow(sweep)
-    stems = {stem for path, content in files for stem in (path.stem, str(content.get("name")))}
-    for override in overrides:
-        if override.sweep is not None and override.sweep not in stems:
-            raise InputError(f"--set {override.text}: no sweep {override.sweep!r} runs here{did_you_mean(override.sweep, stems)}")
-    preset_files = [find_preset(name, sweep) for name in presets]
-    preset_layers = [read_layer(read_yaml(path) or {}, path, PARTIAL_KEYS) for path in preset_files]
+    return load_chains([sweep], presets, overrides)[0]
 
+
+def load_chains(sweeps: Sequence[Path], presets: Sequence[str] = (),
+                overrides: Sequence[Override] = ()) -> list[list[Spec]]:
+    """:func:`load_chain` of several sweeps; an override for one sweep may be meant for any of them."""
+    followed = [_follow(sweep) for sweep in sweeps]
+    names = {name for files, _ in followed for path, content in files for name in (path.stem, content.get("name"))
+             if isinstance(name, str)}
+    faults = Faults()
+    for override in overrides:
+        if override.sweep is not None and override.sweep not in names:
+            faults.said.append(f"--set {override.text}: no sweep {shown(override.sweep)} runs here"
+                               f"{did_you_mean(override.sweep, sorted(names))}")
+        with faults.kept():
+            override.layer(Path.cwd())
+    faults.tell()
+    return [_build(files, base, [find_preset(name, sweep) for name in presets], overrides)
+            for sweep, (files, base) in zip(sweeps, followed, strict=True)]
+
+
+def _build(files: Sequence[tuple[Path, Mapping[str, Any]]], base: Layer, presets: Sequence[Path],
+           overrides: Sequence[Override]) -> list[Spec]:
+    preset_layers = [read_layer(read_yaml(path), path, PARTIAL_KEYS) for path in presets]
     chain: list[Spec] = []
-    settings = dict(base.config)
+    ancestry = dict(base.config)
     for index, (path, content) in enumerate(files):
         own = [override.layer(Path.cwd()) for override in overrides
                if override.sweep in (None, path.stem, content.get("name"))]
         parent = files[index - 1][0] if index else None
-        spec = build_spec(path, content, parent, base, [*preset_layers, *own], settings)
-        settings |= spec.config
+        spec = build_spec(path, content, parent, base, [*preset_layers, *own], ancestry)
+        ancestry |= spec.config | next((arm.settings for arm in spec.arms.values()), {})
         chain.append(spec)
-    _check_no_decision_overwritten(chain, preset_layers, overrides)
+    faults = Faults()
+    faults.said += [*_overwritten(chain, preset_layers, overrides), *_indivisible(chain)]
     names = [spec.name for spec in chain]
     if len(set(names)) < len(names):
-        raise InputError(f"{sweep}: two sweeps of its chain share a name ({', '.join(names)})")
+        faults.said.append(f"{files[-1][0]}: two sweeps of its chain share a name ({', '.join(names)})")
+    faults.tell()
     return chain
 
 
@@ -112,10 +126,11 @@ def _follow(sweep: Path) -> tuple[list[tuple[Path, Mapping[str, Any]]], Layer]:
     seen: list[Path] = []
     path = sweep
     while True:
-        if path.resolve() in seen:
-            circle = " -> ".join(p.name for p in [*seen[seen.index(path.resolve()):], path])
+        real = Path(os.path.realpath(path))
+        if real in seen:
+            circle = " -> ".join(p.name for p in [*seen[seen.index(real):], path])
             raise InputError(f"{sweep}: inherits goes in a circle: {circle}")
-        seen.append(path.resolve())
+        seen.append(real)
         content = read_sweep(path)
         if "name" not in content and files:                          # a partial file: the base of the chain
             return files[::-1], read_layer(content, path, PARTIAL_KEYS)
@@ -124,25 +139,42 @@ def _follow(sweep: Path) -> tuple[list[tuple[Path, Mapping[str, Any]]], Layer]:
         if parent is None:
             break
         if not isinstance(parent, str) or not parent:
-            raise InputError(f"{path}: inherits: {parent!r} should be the path of a sweep file")
+            raise InputError(f"{path}: inherits: {shown(parent)} should be the path of a sweep file")
         target = path.parent / parent
-        if not target.is_file():
-            near = did_you_mean(parent, [file.name for file in path.parent.glob("*.yaml")])
-            raise InputError(f"{path}: inherits: {parent!r}: no such file{near}")
+        if not os.path.isfile(target):        # noqa: PTH113 (as in find_preset)
+            near = did_you_mean(parent, sorted(file.name for file in path.parent.glob("*.yaml")))
+            raise InputError(f"{path}: inherits: {shown(parent)}: no such file{near}")
         path = target
     for base in (path.resolve().parent / "base.yaml", PROJECT_SWEEPS / "base.yaml"):
         if base.is_file():
-            return files[::-1], read_layer(read_yaml(base) or {}, base, PARTIAL_KEYS)
+            return files[::-1], read_layer(read_yaml(base), base, PARTIAL_KEYS)
     return files[::-1], Layer("defaults")
 
 
-def _check_no_decision_overwritten(chain: list[Spec], presets: list[Layer], overrides: Sequence[Override]) -> None:
-    given = [(layer.where, None, key) for layer in presets for key in layer.config]
-    given += [(f"--set {override.text}", override.sweep, override.key) for override in overrides]
-    for where, _, key in given:
+def _overwritten(chain: Sequence[Spec], presets: Sequence[Layer], overrides: Sequence[Override]) -> Iterator[str]:
+    given = [(layer.where, key) for layer in presets for key in layer.config]
+    given += [(f"--set {override.text}", override.key) for override in overrides]
+    for where, key in given:
         for spec in chain:
             if key in spec.varied:
-                raise InputError(f"{where}: {key} is what {spec.name} ({spec.path}) varies: fixing it would overwrite its decision")
+                yield f"{where}: {key} is what {spec.name} ({spec.path}) varies: fixing it would overwrite its decision"
+
+
+def _indivisible(chain: Sequence[Spec]) -> Iterator[str]:
+    """Image sizes that a sweep above may make impossible: its winner's steps are not known before it has run."""
+    key = "model.downsampling_steps"
+    possible: dict[int, str] = {}                        # steps that a parent's winner may have -> whose decision it is
+    for spec in chain:
+        start = {**Config().flat(), **spec.ancestry, **spec.config}
+        size = start["data.image_size"]
+        if key in spec.config or not possible:
+            possible = {start[key]: spec.name}
+        yield from (f"{spec.path}: data.image_size: {size} is not divisible by {2**steps}, and the winner of {name}"
+                    f" may have {key} {steps}" for steps, name in possible.items() if size % 2**steps)
+        arms = {arm.settings[key]: spec.name for arm in spec.arms.values() if key in arm.settings}
+        drawn = dict.fromkeys(spec.space[key].values(), spec.name) if key in spec.space else {}
+        decided = spec.arms and all(key in arm.settings for arm in spec.arms.values())
+        possible = {**({} if decided else possible), **arms, **drawn}
 
 
 @dataclass(frozen=True)
@@ -156,9 +188,13 @@ class Candidate:
 
 
 def starting_point(spec: Spec, parent_winner: Mapping[str, Any] | None) -> dict[str, Any]:
-    """All settings under the arms: the parent's winner (or base.yaml) under this sweep's ``config``."""
-    flat = {**Config().flat(), **(parent_winner if spec.inherits else spec.base), **spec.config}
-    return make_config(flat, str(spec.path)).flat()
+    """All settings under the arms: the parent's winner (or base.yaml) under this sweep's ``config``.
+
+    ``parent_winner``: None where there is no parent, or none that has run; then what the sweeps above fix, and their
+    first arms set, stands in for it. Raises :class:`InputError` where the winner and this sweep do not go together.
+    """
+    below = spec.ancestry if parent_winner is None or not spec.inherits else parent_winner
+    return make_config({**Config().flat(), **below, **spec.config}, str(spec.path)).flat()
 
 
 def make_candidate(spec: Spec, start: Mapping[str, Any], name: str, settings: Mapping[str, Any],
@@ -198,10 +234,14 @@ def read_winner(folder: Path) -> Winner | None:
     if not path.is_file():
         return None
     content = read_yaml(path)
-    if not isinstance(content, Mapping) or not isinstance(content.get("provenance"), Mapping) or "config" not in content:
+    provenance = content.get("provenance") if isinstance(content, Mapping) else None
+    if not isinstance(provenance, Mapping) or "config" not in content:
         raise InputError(f"{path}: is no best_config.yaml (config and provenance are missing)")
+    for key in ("parents", "content", "concessions", "device"):
+        if not isinstance(provenance.get(key, {}), Mapping):
+            raise InputError(f"{path}: provenance: {key}: {shown(provenance[key])} should be a mapping")
     settings = flatten(content["config"], f"{path}: config")
-    return Winner(folder.name, make_config(settings, str(path)).flat(), content["provenance"])
+    return Winner(folder.name, make_config(settings, str(path)).flat(), provenance)
 
 
 def stale_reasons(spec: Spec, winner: Winner | None, parent: Winner | None, fingerprint: str | None) -> list[str]:
@@ -216,9 +256,13 @@ def stale_reasons(spec: Spec, winner: Winner | None, parent: Winner | None, fing
     if had.get("format") != FORMAT:
         reasons.append(f"was written in format {had.get('format')}, this is {FORMAT}")
     if had.get("content_hash") != spec.content_hash:
-        reasons += _differences(had.get("content") or {}, spec.content) or ["its content changed"]
-    if (had.get("parents") or {}) != parent_hashes(parent):
-        reasons.append(f"the winner of {parent.sweep} changed" if parent else "its parent changed")
+        reasons += _differences(had.get("content", {}), spec.content) or ["its content changed"]
+    built_on, hashes = had.get("parents", {}), parent_hashes(parent)
+    if spec.inherits and parent is None:
+        reasons.append(f"its parent, {spec.inherits.name}, has no winner")
+    elif built_on != hashes:
+        changed = [name for name in {**hashes, **built_on} if built_on.get(name) != hashes.get(name)]
+        reasons.append(f"the winner of {', '.join(changed)} changed")
     if fingerprint is not None and had.get("data") != fingerprint:
         reasons.append("its data changed")
     return reasons
@@ -226,22 +270,30 @@ def stale_reasons(spec: Spec, winner: Winner | None, parent: Winner | None, fing
 
 def parent_hashes(parent: Winner | None) -> dict[str, str]:
     """Parent sweep -> hash of its winning configuration, up to the first phase."""
-    return {} if parent is None else {**(parent.provenance.get("parents") or {}), parent.sweep: parent.hash}
+    return {} if parent is None else {**parent.provenance.get("parents", {}), parent.sweep: parent.hash}
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     said = []
-    for part in now:
-        old, new = before.get(part), now[part]
+    for part, new in now.items():
+        old = before.get(part)
         if old == new:
             continue
+        if part == "arms" and isinstance(old, list):
+            old, new = _by_name(old), _by_name(new)
+            if old == new:
+                said.append("the order of the arms changed")
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
             prefix = "" if part == "config" else f"{part}."
-            said += [f"{prefix}{key}: {_short(old.get(key))} -> {_short(new.get(key))}" for key in keys]
+            said += [f"{prefix}{key}: {_short(old.get(key))} -> {_short(new.get(key))}"
+                     for key in {**old, **new} if old.get(key) != new.get(key)]
         else:
             said.append(f"{part} changed")
     return said
+
+
+def _by_name(arms: list[Any]) -> dict[str, Any]:
+    return {str(arm[0]): arm[1] for arm in arms if isinstance(arm, list) and len(arm) == 2}
 
 
 def _short(value: Any) -> str:

@@ -25,7 +25,7 @@ class Progress:
         self.console, self.race, self.slots = console, race, slots
         self.began = time.monotonic()
         self._said: dict[str, tuple[str, int]] = {
-            run.key: (run.state, len(run.rows)) for run in race.runs.values()}
+            run.id: (run.state, len(run.rows)) for run in race.runs.values()}
         self._live: Live | None = None
 
     @contextmanager
@@ -86,11 +86,11 @@ class Progress:
     def _news(self) -> Iterator[str]:
         for trial in self.race.trials:
             run = trial.run
-            before = self._said.get(run.key, ("waiting", run.stored))
+            before = self._said.get(run.id, ("waiting", run.stored))
             now = (run.state, len(run.rows))
             if now == before:
                 continue
-            self._said[run.key] = now
+            self._said[run.id] = now
             score = self.race.score(run)
             figure = "" if math.isnan(score) else f"  {self.race.spec.objective.metric} {score:.5g}"
             if run.state != before[0] and run.state == "running":

@@ -7,6 +7,7 @@ as are the stops that earlier runs of the sweep wrote down.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,9 +15,12 @@ from typing import Any
 
 from autoenc import figures
 from autoenc.config import Config
+from autoenc.errors import InputError
+from autoenc.files import content_hash
 from autoenc.sweep.asha import Rungs, Stop, excess, rung_epochs
 from autoenc.sweep.decide import Record, finalists
 from autoenc.sweep.inherit import Candidate, make_candidate
+from autoenc.sweep.past import Past
 from autoenc.sweep.search import Searcher, sampled_names
 from autoenc.sweep.spec import Spec
 from autoenc.trajectory import Row, Trajectory, best_row, divergence, own_end
@@ -29,7 +33,8 @@ DRAWS = 100                          # points drawn in vain (all known already) 
 class Run:
     """A trajectory, as far as this sweep needs it."""
 
-    key: str
+    id: str                          # among the sweep's runs: the key, and the end where that is not the usual one
+    key: str                         # the trajectory's
     config: Config
     trajectory: Trajectory
     rows: list[Row] = field(default_factory=list)
@@ -39,7 +44,7 @@ class Run:
     protected: bool = False          # never stopped, never a measure: the baseline, a person's pick, repeats
     stop: Stop | None = None
     note: str = ""
-    keep: int | None = None          # an epoch whose weights are needed, and must be trained once more if not kept
+    keep: int | None = None          # an epoch whose weights are needed, trained once more where they are not kept
 
     @property
     def ended(self) -> bool:
@@ -49,6 +54,18 @@ class Run:
     def end(self) -> int:
         """The epoch at which it ended or will end at the latest."""
         return len(self.rows) if self.ended else self.config.train.epochs
+
+    @property
+    def at_end(self) -> bool:
+        """Whether its rows reach the end of its budget or patience."""
+        return own_end(self.rows, self.config) is not None
+
+    def read(self) -> None:
+        """Take over the epochs that the store has beyond those known, as far as they are this run's."""
+        rows = self.trajectory.rows()
+        rows = rows[:own_end(rows, self.config) or len(rows)]
+        if len(rows) > len(self.rows):
+            self.rows = rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,31 +89,28 @@ class Race:
                  retry: bool = True) -> None:
         self.spec = spec
         self.start = start
-        self.key_of = key_of
         self.open_trajectory = open_trajectory
         self.emit = emit
         self.trials: list[Trial] = []
         self.runs: dict[str, Run] = {}
         self.retry = retry               # whether trajectories that failed before are tried again
-        self.exhausted = False
+        self.searcher: Searcher | None = None            # made for the first draw: Optuna takes its time to load
+        self._trajectory_key = key_of
         self._repeated = spec.decision.repeats == 1
-        self._past = list(past)
+        self._past = Past(past)
+        self._space = content_hash([spec.content["space"], dict(start), spec.search.algorithm, spec.search.seed])
+        self.exhausted = self._past.told("space exhausted", space=self._space)
         asha = spec.asha
         self.margin = max(spec.decision.within or 0.0, asha.margin if asha else 0.0)
         epochs = max((arm.config.train.epochs for arm in arms), default=start["train.epochs"])
         self.rungs = Rungs(rung_epochs(asha.grace_epochs, asha.reduction_factor, epochs) if asha else [],
                            asha.reduction_factor if asha else 2, self.margin, spec.objective.direction)
-        suggested = self._suggested_before()
-        self.searcher = (Searcher(spec, start, len(suggested))
-                         if spec.trials > len(arms) and spec.space else None)
-        self._names = sampled_names([arm.name for arm in arms])
+        self._arms = tuple(arm.name for arm in arms)
         for candidate in arms:
             self._enter(candidate)
-        for settings in suggested:
-            self._enter(make_candidate(spec, start, next(self._names), settings))
-        self._honour_stops()
-        for run in self.runs.values():
-            self._settle_stored(run)
+        for point in self._drawn_before():
+            self._enter(point)
+        self._take_over()
 
     # What runs next ------------------------------------------------------------------------------------------------
 
@@ -110,198 +124,265 @@ class Race:
                 continue
             if run is not None:
                 run.state = "running"
-                self.emit(event="started", trial=self.name_of(run), key=run.key, epoch=len(run.rows))
+                self._say("started", run, epoch=len(run.rows))
             return run
 
     @property
     def done(self) -> bool:
         """Whether nothing runs, waits, or could still be asked for."""
-        return (all(run.ended for run in self.runs.values()) and self._repeated
-                and (self.searcher is None or self.exhausted or self._sampled_all))
+        return self._all_ended and self._repeated and not self._wants_points
 
     @property
     def idle(self) -> bool:
         """Whether the store already holds all that is asked for, so that no worker is needed."""
-        due = self.retry and self.searcher is not None and not self._sampled_all
-        while not due and all(run.ended for run in self.runs.values()) and self._repeat():
+        due = self.retry and self._wants_points
+        while not due and self._all_ended and self._repeat():
             pass
-        return not due and all(run.ended for run in self.runs.values())
+        return not due and self._all_ended
 
     @property
-    def _sampled_all(self) -> bool:
-        return len({trial.candidate.name for trial in self.trials}) >= self.spec.trials
+    def _all_ended(self) -> bool:
+        return all(run.ended for run in self.runs.values())
+
+    @property
+    def _sampled(self) -> int:
+        return len({trial.candidate.name for trial in self.trials} - set(self._arms))
+
+    @property
+    def _wants_points(self) -> bool:
+        return bool(self.spec.space) and not self.exhausted and len(self._arms) + self._sampled < self.spec.trials
 
     def _draw(self) -> bool:
         """Enter one sampled point; False when no more are due."""
-        if self.searcher is None or self.exhausted or self._sampled_all:
+        if not self._wants_points:
             return False
-        for _ in range(DRAWS):
-            drawn = self.searcher.draw()
+        searcher = self._search()
+        for _ in itertools.count() if self.spec.search.algorithm == "grid" else range(DRAWS):
+            drawn = searcher.draw()
             if drawn is None:
                 break
             point, optuna_trial = drawn
-            candidate = make_candidate(self.spec, self.start, next(self._names), point)
-            twin = self.runs.get(self.key_of(candidate.config))
-            if twin is not None:                 # known already: its result is learnt from, not trained again
+            candidate = self._candidate(point)
+            twin = candidate and self.runs.get(self.key_of(candidate.config))
+            if candidate is None:
+                searcher.refuse(optuna_trial)
+            elif twin:                           # known already: its result is learnt from, not trained again
                 known = next(trial.candidate for trial in self.trials if trial.run is twin)
-                self.searcher.assign(known, optuna_trial)
+                searcher.assign(known, optuna_trial)
                 if twin.ended:
                     self._tell(known, twin)
-                self._names = sampled_names([trial.candidate.name for trial in self.trials])
-                continue
-            self.searcher.assign(candidate, optuna_trial)
-            self.emit(event="suggested", name=candidate.name, settings=point)
-            self._enter(candidate, known=False)
-            self._settle_stored(self.trials[-1].run)
-            return True
+            else:
+                searcher.assign(candidate, optuna_trial)
+                self.emit(event="suggested", name=candidate.name, settings=point)
+                self._settle(self._enter(candidate))
+                return True
         self.exhausted = True
-        self.emit(event="space exhausted", candidates=len(self.runs))
+        self.emit(event="space exhausted", candidates=len(self.runs), space=self._space)
         return False
+
+    def _search(self) -> Searcher:
+        """The searcher; at first it is told of every candidate so far."""
+        if self.searcher is None:
+            self.searcher = Searcher(self.spec, self.start, self._sampled)
+            for trial in self.trials:
+                self.searcher.know(trial.candidate)
+                if trial.run.ended:
+                    self._tell(trial.candidate, trial.run)
+        return self.searcher
+
+    def _candidate(self, point: Mapping[str, Any]) -> Candidate | None:
+        """A sampled point under the next free name; None where its settings do not go together."""
+        taken = {trial.candidate.name for trial in self.trials}
+        try:
+            return make_candidate(self.spec, self.start, next(sampled_names(taken)), point)
+        except InputError:
+            return None
 
     def _repeat(self) -> bool:
         """Give the finalists their further seeds, once all first seeds have ended."""
-        if self._repeated or not all(run.ended for run in self.runs.values()):
+        if self._repeated or not self._all_ended:
             return False
         self._repeated = True
         first = {trial.candidate.name: trial.candidate for trial in self.trials}
         names = finalists(self.records(), list(first), self.spec.objective, self.spec.decision, self.margin)
-        if len(names) < 2 and not self.spec.decision.baseline:
+        if len(names) < 2:
             return False                         # nothing to tell apart
         base = self.start["train.seed"]
         for k in range(1, self.spec.decision.repeats):
             for name in names:
-                self._enter(first[name], seed=base + k, known=False)
-                self._settle_stored(self.trials[-1].run)
+                run = self._enter(first[name], seed=base + k)
+                if not run.ended:
+                    self._settle(run)
         return True
 
     # What comes back -----------------------------------------------------------------------------------------------
 
     def report(self, run: Run, row: Row) -> Stop | None:
         """A worker finished an epoch; the reason where the run should stop there."""
+        before = min(len(run.rows), int(row["epoch"]) - 1)
         if int(row["epoch"]) != len(run.rows) + 1:            # a worker died between the store and its report
             run.rows = run.trajectory.rows()[:int(row["epoch"]) - 1]
         run.rows.append(row)
         run.trained += 1
-        return self._judge(run)
+        for epoch in range(before + 1, len(run.rows) + 1):
+            stop = self._judge(run, epoch)
+            if stop is not None:
+                return stop
+        return None
 
     def finish(self, run: Run, status: str, note: str = "") -> None:
         """A run ended: ``completed``, ``diverged`` or ``failed``."""
+        run.read()                               # epochs that a worker stored and died before it could report
+        self._say(status, run, epoch=len(run.rows), **({"note": note} if note else {}))
+        self._end(run, status, note)
+
+    def _end(self, run: Run, status: str, note: str = "") -> None:
         run.state, run.note = status, note
-        self.emit(event=status, trial=self.name_of(run), key=run.key, epoch=len(run.rows), **({"note": note} if note else {}))
-        if status in ("diverged", "failed"):
-            self.rungs.forget(run.key)
-            self._continue_unbeaten()
+        if status == "completed":
+            self._record_rungs(run)
+            if not self._fit(run):               # only now does it show that it cannot win
+                self.rungs.unfit.add(run.id)
+        else:
+            self.rungs.forget(run.id)
         self._learn(run)
+        self._continue_unbeaten()
 
     def reopen(self, run: Run, epoch: int) -> None:
         """Send a completed run to a worker once more, for the weights of an epoch that are not kept."""
         run.state, run.keep = "waiting", epoch
 
-    def _judge(self, run: Run) -> Stop | None:
-        value = self.score(run)
-        if run.protected or not math.isfinite(value) or own_end(run.rows, run.config) is not None:
+    def _judge(self, run: Run, epoch: int) -> Stop | None:
+        """Compare a run at a rung; at its own end it is only recorded, there is nothing left to save."""
+        value = self.score(run, epoch)
+        if run.protected or epoch not in self.rungs.epochs or not math.isfinite(value):
             return None
-        stop = self.rungs.judge(run.key, len(run.rows), value, fit=self._fit(run))
-        if stop is not None:
+        if own_end(run.rows[:epoch], run.config) is not None:
+            self.rungs.record(run.id, epoch, value, fit=self._fit(run, epoch))
+            return None
+        stop = self.rungs.judge(run.id, epoch, value, fit=self._fit(run, epoch))
+        metric = self.spec.objective.metric
+        if stop is None:
+            self._say("passed", run, epoch=epoch, value=value, metric=metric)
+        else:
             self._stop(run, stop)
-            self.emit(event="stopped", trial=self.name_of(run), key=run.key, epoch=stop.epoch, value=stop.value,
-                      cutoff=stop.cutoff, best=stop.best, beaten_by=list(stop.beaten_by),
-                      metric=self.spec.objective.metric)
-            self._learn(run)
+            self._say("stopped", run, epoch=stop.epoch, value=stop.value, cutoff=stop.cutoff, best=stop.best,
+                      beaten_by=list(stop.beaten_by), metric=metric)
         return stop
 
     def _stop(self, run: Run, stop: Stop) -> None:
         run.state, run.stop = "stopped", stop
         run.rows = run.rows[:stop.epoch]
         behind = excess(stop.value, stop.best, self.rungs.mode)
-        run.note = (f"stopped at epoch {stop.epoch}: {self.spec.objective.metric} {stop.value:.4g}, {behind:.1%} behind "
-                    f"the best there ({stop.best:.4g}), margin {self.margin:.1%}")
+        run.note = (f"stopped at epoch {stop.epoch}: {self.spec.objective.metric} {stop.value:.4g}, "
+                    f"{behind:.1%} behind the best there ({stop.best:.4g}), margin {self.margin:.1%}")
+        self._learn(run)
 
     def _continue_unbeaten(self) -> None:
         """Stops are undone whose every better trial has failed since: nothing that stands beat those."""
-        for run in self.runs.values():
-            if run.stop is not None and run.state == "stopped" and not self._stands(run.stop):
-                run.state, run.stop, run.note = "waiting", None, ""
-                self.emit(event="continued", trial=self.name_of(run), key=run.key, epoch=len(run.rows))
+        for run in list(self.runs.values()):
+            if run.state == "stopped" and not self._stands(run.stop):
+                self._continue(run, run.stop)
+
+    def _continue(self, run: Run, stop: Stop) -> None:
+        run.state, run.stop, run.note = "waiting", None, ""
+        self._say("continued", run, epoch=stop.epoch)
+        for trial in self.trials:
+            if trial.run is run and self.searcher is not None:       # it was told of the stop: one more trial to it
+                self.searcher.know(trial.candidate)
+        run.read()
+        self._settle(run)
 
     def _stands(self, stop: Stop) -> bool:
-        return any(key in self.runs and self.runs[key].state not in ("diverged", "failed") for key in stop.beaten_by)
+        """Whether a stop is still right: something that can still win was better there by more than the margin."""
+        there = self.rungs.recorded.get(stop.epoch, {})
+        return any(key in there and excess(stop.value, there[key], self.rungs.mode) > self.margin
+                   and (self.runs[key].state != "completed" or self._fit(self.runs[key])) for key in stop.beaten_by)
 
     # What was there before -----------------------------------------------------------------------------------------
 
-    def _enter(self, candidate: Candidate, seed: int | None = None, known: bool = True) -> None:
+    def key_of(self, config: Config) -> str:
+        """The id of the run that serves a configuration. Those that share a trajectory and end it by the same budget
+        and patience share the run."""
+        ends = [config.train.epochs, config.train.patience, config.train.min_delta]
+        usual = [self.start["train.epochs"], self.start["train.patience"], self.start["train.min_delta"]]
+        return self._trajectory_key(config) + ("" if ends == usual else f"+{content_hash(ends)[:6]}")
+
+    def _enter(self, candidate: Candidate, seed: int | None = None) -> Run:
         config = candidate.config
         if seed is not None:
             config = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
-        key = self.key_of(config)
-        rule = self.spec.decision
-        if key not in self.runs:
-            trajectory = self.open_trajectory(key)
-            rows = trajectory.rows()
-            rows = rows[:own_end(rows, config) or len(rows)]
-            self.runs[key] = Run(key, config, trajectory, rows=rows, stored=len(rows))
-        run = self.runs[key]
+        name, rule = self.key_of(config), self.spec.decision
+        if name not in self.runs:
+            key = self._trajectory_key(config)
+            run = self.runs[name] = Run(name, key, config, self.open_trajectory(key))
+            run.read()
+            run.stored = len(run.rows)
+        run = self.runs[name]
         if seed is not None or candidate.name in (rule.pick, rule.baseline.arm if rule.baseline else None):
             run.protected = True
         self.trials.append(Trial(candidate, config.train.seed, run))
-        if known and self.searcher is not None:
-            self.searcher.know(candidate)
+        return run
 
-    def _honour_stops(self) -> None:
-        """Stops that earlier runs wrote down and that this sweep would still make."""
-        if self.spec.asha is None:
-            return
-        for event in self._past:
-            run = self.runs.get(event.get("key", ""))
-            if run is None or run.protected:
-                continue
-            if event.get("event") == "continued":
-                run.stop = None
-            elif event.get("event") == "stopped" and event.get("metric") == self.spec.objective.metric:
-                stop = Stop(event["epoch"], event["value"], event["cutoff"], event["best"], tuple(event["beaten_by"]))
-                still = excess(stop.value, stop.best, self.rungs.mode) > self.margin and stop.epoch in self.rungs.epochs
-                run.stop = stop if still and len(run.rows) >= stop.epoch else None
+    def _take_over(self) -> None:
+        """Bring all runs to where the store and the events have them. Ends and rungs come first: by them it shows
+        which stops still hold."""
+        stops = {key: stop for key, stop in self._past.stops(self.spec.objective.metric).items()
+                 if key in self.runs and len(self.runs[key].rows) >= stop.epoch}
+        for run in list(self.runs.values()):
+            if run.id in stops:
+                self._record_rungs(run, stops[run.id].epoch)
+            else:
+                self._settle(run)
+        for key, stop in stops.items():
+            run = self.runs[key]
+            if run.protected or stop.epoch not in self.rungs.epochs or not self._stands(stop):
+                self._continue(run, stop)
+            else:
+                self._stop(run, stop)
+        self._continue_unbeaten()
+        passed = self._past.passed(self.spec.objective.metric)
+        for run in list(self.runs.values()):     # killed after an epoch was stored and before it was judged
+            if run.state == "waiting" and run.id not in stops and (run.id, len(run.rows)) not in passed:
+                self._judge(run, len(run.rows))
 
-    def _settle_stored(self, run: Run) -> None:
-        """Bring a run to where the store has it: its rungs, its end, a stop that was written down."""
-        if run.stop is not None and self._stands(run.stop) and run.state == "waiting":
-            self._record_rungs(run, run.stop.epoch)
-            self._stop(run, run.stop)
-            self._learn(run)
-            return
-        run.stop = None
+    def _settle(self, run: Run) -> None:
+        """Bring a run to where the store has it: its rungs, its end."""
         status = run.trajectory.status()
-        diverged = status.get("diverged")
-        if diverged and diverged["epoch"] <= run.config.train.epochs and own_end(run.rows, run.config) is None:
-            self.finish(run, "diverged", divergence(diverged))
-            return
-        if status.get("failed") and not self.retry and own_end(run.rows, run.config) is None:
-            self.finish(run, "failed", status["failed"])
-            return
-        self._record_rungs(run, len(run.rows))
-        if own_end(run.rows, run.config) is not None and not self.missing_figures(run):
-            run.state = "completed"
-            self._learn(run)
-        elif run.rows and run.state == "waiting":
-            self._judge(run)                     # killed after the epoch was stored and before it was judged
+        diverged, failed = status.get("diverged"), status.get("failed")
+        if run.at_end:
+            if self.missing_figures(run):
+                self._record_rungs(run)
+            else:
+                self._end(run, "completed")
+        elif diverged and diverged["epoch"] <= run.config.train.epochs:
+            if not self._past.told("diverged", key=run.id, epoch=len(run.rows)):
+                self._say("diverged", run, epoch=len(run.rows), note=divergence(diverged))
+            self._end(run, "diverged", divergence(diverged))
+        elif failed and not self.retry:
+            self._end(run, "failed", failed)
+        else:
+            self._record_rungs(run)
 
-    def _record_rungs(self, run: Run, epochs: int) -> None:
+    def _record_rungs(self, run: Run, epochs: int | None = None) -> None:
         if not run.protected:
             for epoch in self.rungs.epochs:
-                value = self.score(run, epoch) if epoch <= epochs else math.nan
+                value = self.score(run, epoch) if epoch <= len(run.rows[:epochs]) else math.nan
                 if math.isfinite(value):
-                    self.rungs.record(run.key, epoch, value, fit=self._fit(run, epoch))
+                    self.rungs.record(run.id, epoch, value, fit=self._fit(run, epoch))
 
-    def _suggested_before(self) -> list[dict[str, Any]]:
-        """The settings of points that earlier runs drew from the same space, as many as this sweep still wants."""
-        room = max(0, self.spec.trials - len(self.spec.arms))
-        drawn = [event["settings"] for event in self._past
-                 if event.get("event") == "suggested" and isinstance(event.get("settings"), dict)]
-        return [point for point in drawn if self._in_space(point)][:room]
+    def _drawn_before(self) -> Iterable[Candidate]:
+        """The points that earlier runs drew from the same space, as many as this sweep still wants."""
+        for point in self._past.points():
+            candidate = self._candidate(point) if self._in_space(point) else None
+            if candidate is not None and len(self._arms) + self._sampled < self.spec.trials:
+                yield candidate
 
     def _in_space(self, point: Mapping[str, Any]) -> bool:
-        return all(key in self.spec.space and self.spec.space[key].drawn(key, value) is not None
-                   for key, value in point.items())
+        settings = {**self.start, **point}
+        there = {key: parameter for key, parameter in self.spec.space.items()
+                 if all(settings.get(other) == value for other, value in parameter.when.items())}
+        return there.keys() == point.keys() and all(
+            parameter.drawn(key, point[key]) is not None for key, parameter in there.items())
 
     # What is known -------------------------------------------------------------------------------------------------
 
@@ -321,8 +402,9 @@ class Race:
         rule = self.spec.decision
         asked = {self.spec.objective.metric, *(item.metric for item in (*rule.prefer, *rule.require))}
         row = best_row(run.rows, run.config)
-        have = run.trajectory.figures(int(row["epoch"])) if row else {}
-        return sorted(asked & set(figures.AFTER_TRAINING) - set(have))
+        if row is None:                          # the monitored figure is undefined: there is no best model to measure
+            return []
+        return sorted(asked & set(figures.AFTER_TRAINING) - set(run.trajectory.figures(int(row["epoch"]))))
 
     def needs_measuring(self) -> bool:
         """Whether the rule reads figures that are computed after training."""
@@ -353,7 +435,11 @@ class Race:
         before, now = self.score(run, len(run.rows) - 3), self.score(run, len(run.rows))
         return excess(before, now, self.rungs.mode) if math.isfinite(before) and math.isfinite(now) else 0.0
 
+    def _say(self, event: str, run: Run, **more: Any) -> None:
+        self.emit(event=event, trial=self.name_of(run), key=run.id, **more)
+
     def _fit(self, run: Run, epoch: int | None = None) -> bool:
+        """Whether the rule's requirements hold (among the first ``epoch`` epochs)."""
         found = self.figures_of(run, epoch)
         return all((r.min is None or found.get(r.metric, -math.inf) >= r.min)
                    and (r.max is None or found.get(r.metric, math.inf) <= r.max) for r in self.spec.decision.require)

@@ -120,16 +120,26 @@ def _interrupt(*_: Any) -> None:
 
 
 def _probe(address: str) -> None:
-    """An address where nobody listens blocks Ray for minutes: look first."""
+    """Where nobody listens, or something that is no Ray head, Ray itself blocks for minutes: look first."""
     if address == "auto":
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdigit() or "/" in host:
         raise InputError(f"--address {address}: should be HOST:PORT, as printed by ray start --head, or auto, or local")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise InputError(f"--address {address}: nobody listens there ({error})") from None
+    if os.environ.get("RAY_USE_TLS", "0") != "0":
+        return
+    import grpc
+
+    with grpc.insecure_channel(f"{host}:{port}") as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=PROBE_SECONDS)
+        except grpc.FutureTimeoutError:
+            raise InputError(f"--address {address}: what listens there is no Ray head (its port is 6379 by default; "
+                             "8265 is the dashboard's)") from None
 
 
 def _prepare_token() -> None:

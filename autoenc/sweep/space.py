@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from autoenc.config import KEYS, describe
+from autoenc.checks import Conflict, Faults, Scalar, describe, shown
+from autoenc.config import KEYS
 from autoenc.errors import InputError, did_you_mean
 
-Scalar = bool | int | float | str | None
 ZERO = "{key} is 0"       # name of the choice between exact zero and the range
 
 
@@ -34,7 +34,7 @@ class FloatParameter(_Parameter):
     log: bool = False
     zero: bool = False
     """exact 0 is possible, too"""
-    steps: Annotated[int, Field(ge=2)] | None = None
+    steps: Annotated[int, Field(ge=2, le=100_000)] | None = None
     """values on the way from low to high, both included: for search.algorithm grid"""
 
     @model_validator(mode="after")
@@ -58,12 +58,13 @@ class FloatParameter(_Parameter):
         return {**({ZERO.format(key=key): False} if self.zero else {}), key: float(value)}
 
     def values(self) -> list[float]:
-        """All values of the grid."""
+        """All values of the grid, each once."""
         if self.steps is None:
             raise ValueError("search.algorithm grid needs steps: how many values from low to high")
         low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
-        inner = [low + (high - low) * i / (self.steps - 1) for i in range(1, self.steps - 1)]
-        return ([0.0] if self.zero else []) + [self.low, *(math.exp(x) if self.log else x for x in inner), self.high]
+        inner = [low + (high - low) * (i / (self.steps - 1)) for i in range(1, self.steps - 1)]
+        ladder = [self.low, *(math.exp(x) if self.log else x for x in inner), self.high]
+        return list(dict.fromkeys([0.0, *ladder] if self.zero else ladder))
 
 
 class IntParameter(_Parameter):
@@ -78,38 +79,38 @@ class IntParameter(_Parameter):
     def _check(self) -> IntParameter:
         _check_range(self.low, self.high, self.log)
         if self.log and self.step != 1:
-            raise ValueError("step and log exclude each other")
+            raise Conflict("step and log exclude each other")
         if (self.high - self.low) % self.step:
-            raise ValueError(f"high: {self.high} is not reached from {self.low} in steps of {self.step}")
+            raise Conflict(f"high: {self.high} is not reached from {self.low} in steps of {self.step}")
         return self
 
     def draw(self, trial: Any, key: str) -> int:
         return trial.suggest_int(key, self.low, self.high, step=self.step, log=self.log)
 
     def drawn(self, key: str, value: Any) -> dict[str, Any] | None:
-        fits = (isinstance(value, int) and not isinstance(value, bool)
+        fits = (isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
                 and self.low <= value <= self.high and (value - self.low) % self.step == 0)
-        return {key: value} if fits else None
+        return {key: int(value)} if fits else None
 
-    def values(self) -> list[int]:
-        return list(range(self.low, self.high + 1, self.step))
+    def values(self) -> Sequence[int]:
+        return range(self.low, self.high + 1, self.step)
 
 
 class ChoiceParameter(_Parameter):
     type: Literal["choice"]
-    choices: Annotated[list[Scalar], Field(min_length=1)]
+    choices: Annotated[list[Scalar], Field(min_length=1, max_length=1000)]
 
     @model_validator(mode="after")
     def _check(self) -> ChoiceParameter:
         if any(_same(a, b) for a, b in itertools.combinations(self.choices, 2)):
-            raise ValueError(f"choices: {self.choices} holds a value twice")
+            raise Conflict(f"choices: {shown(self.choices)} holds a value twice")
         return self
 
     def draw(self, trial: Any, key: str) -> Scalar:
         return trial.suggest_categorical(key, self.choices)
 
     def drawn(self, key: str, value: Any) -> dict[str, Any] | None:
-        return {key: value} if any(_same(value, choice) for choice in self.choices) else None
+        return next(({key: choice} for choice in self.choices if _same(value, choice)), None)
 
     def values(self) -> list[Scalar]:
         return list(self.choices)
@@ -121,14 +122,14 @@ TYPES: dict[str, type[Parameter]] = {"float": FloatParameter, "int": IntParamete
 
 def _check_range(low: float, high: float, log: bool) -> None:
     if low >= high:
-        raise ValueError(f"low: {low} is not below high: {high}")
+        raise Conflict(f"low: {low} is not below high: {high}")
     if log and low <= 0:
-        raise ValueError(f"low: {low}: a log range cannot include 0 (zero: true adds exact 0)" if low == 0
+        raise Conflict(f"low: {low}: a log range cannot include 0 (zero: true adds exact 0)" if low == 0
                          else f"low: {low}: a log range must be positive")
 
 
 def _same(left: Any, right: Any) -> bool:
-    return type(left) is type(right) and left == right
+    return left == right and isinstance(left, bool) == isinstance(right, bool)
 
 
 def parse_space(raw: Any, where: str) -> dict[str, Parameter]:
@@ -140,25 +141,34 @@ def parse_space(raw: Any, where: str) -> dict[str, Parameter]:
     if raw is None:
         return {}
     if not isinstance(raw, Mapping):
-        raise InputError(f"{where}: space: {raw!r} should be a mapping of setting: {{type: …}}")
+        raise InputError(f"{where}: space: {shown(raw)} should be a mapping of setting: {{type: …}}")
     space: dict[str, Parameter] = {}
+    faults = Faults()
     for key, content in raw.items():
-        at = f"{where}: space.{key}"
-        if key not in KEYS:
-            raise InputError(f"{where}: space: {key!r} is no setting{did_you_mean(key, KEYS)}")
-        if not isinstance(content, Mapping) or "type" not in content:
-            raise InputError(f"{at}: needs a type ({', '.join(TYPES)}), as in {{type: float, low: 0.1, high: 1.0}}")
-        kind = TYPES.get(content["type"]) if isinstance(content["type"], str) else None
-        if kind is None:
-            raise InputError(f"{at}: type: {content['type']!r} is unknown{did_you_mean(content['type'], TYPES)}")
-        try:
-            space[key] = TypeAdapter(kind).validate_python(dict(content))
-        except ValidationError as error:
-            raise InputError(describe(error, at, kind.model_fields)) from None
-        for condition in space[key].when:
-            if condition not in KEYS:
-                raise InputError(f"{at}: when: {condition!r} is no setting{did_you_mean(condition, KEYS)}")
+        with faults.kept():
+            space[key] = _parse_parameter(key, content, where)
+    faults.tell()
     return _by_dependence(space, where)
+
+
+def _parse_parameter(key: Any, content: Any, where: str) -> Parameter:
+    at = f"{where}: space.{key}"
+    if key not in KEYS:
+        raise InputError(f"{where}: space: {shown(key)} is no setting{did_you_mean(key, KEYS)}")
+    if not isinstance(content, Mapping) or "type" not in content:
+        raise InputError(f"{at}: {shown(content)} needs a type ({', '.join(TYPES)}),"
+                         " as in {type: float, low: 0.1, high: 1.0}")
+    kind = TYPES.get(content["type"]) if isinstance(content["type"], str) else None
+    if kind is None:
+        raise InputError(f"{at}: type: {shown(content['type'])} is unknown{did_you_mean(content['type'], TYPES)}")
+    try:
+        parameter = kind.model_validate(dict(content))
+    except ValidationError as error:
+        raise InputError(describe(error, at, kind)) from None
+    for condition in parameter.when:
+        if condition not in KEYS:
+            raise InputError(f"{at}: when: {shown(condition)} is no setting{did_you_mean(condition, KEYS)}")
+    return parameter
 
 
 def _by_dependence(space: dict[str, Parameter], where: str) -> dict[str, Parameter]:

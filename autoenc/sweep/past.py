@@ -1,0 +1,58 @@
+"""What earlier runs of a sweep wrote down in its events.jsonl, as far as a new run has to honour it.
+
+The file may have been cut or edited: an event that lacks something is passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from autoenc.sweep.asha import Stop
+
+NUMBER = int | float
+
+
+class Past:
+    """The events of earlier runs, in order."""
+
+    def __init__(self, events: Iterable[Mapping[str, Any]]) -> None:
+        self.events = [event for event in events if isinstance(event, Mapping)]
+
+    def stops(self, metric: str) -> dict[str, Stop]:
+        """The stop of every run that was stopped by this figure and not continued afterwards, by the run's id."""
+        stops: dict[str, Stop] = {}
+        for event in self.events:
+            key = event.get("key")
+            if event.get("event") == "continued" and isinstance(key, str):
+                stops.pop(key, None)
+            elif event.get("event") == "stopped" and isinstance(key, str) and event.get("metric") == metric:
+                stop = _stop(event)
+                if stop is not None:
+                    stops[key] = stop
+        return stops
+
+    def passed(self, metric: str) -> set[tuple[Any, Any]]:
+        """(run, epoch) of every rung at which a run was let go on, so that it is not judged there once more."""
+        return {(event.get("key"), event.get("epoch")) for event in self.events
+                if isinstance(event.get("key"), str) and isinstance(event.get("epoch"), int)
+                and (event.get("event"), event.get("metric", metric)) in (("passed", metric), ("continued", metric))}
+
+    def points(self) -> list[dict[str, Any]]:
+        """The settings of all points that were drawn."""
+        return [event["settings"] for event in self.events
+                if event.get("event") == "suggested" and isinstance(event.get("settings"), dict)]
+
+    def told(self, kind: str, **content: Any) -> bool:
+        """Whether there is an event of this kind with this content."""
+        return any(event.get("event") == kind and all(event.get(key) == value for key, value in content.items())
+                   for event in self.events)
+
+
+def _stop(event: Mapping[str, Any]) -> Stop | None:
+    epoch, beaten_by = event.get("epoch"), event.get("beaten_by")
+    numbers = [event.get(name) for name in ("value", "cutoff", "best")]
+    if (not isinstance(epoch, int) or not isinstance(beaten_by, list)
+            or not all(isinstance(number, NUMBER) for number in numbers)):
+        return None
+    return Stop(epoch, *numbers, tuple(key for key in beaten_by if isinstance(key, str)))

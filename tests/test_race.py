@@ -1,0 +1,509 @@
+from __future__ import annotations
+
+import json
+import math
+import random
+import tempfile
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from racing import KNOB, Killed, Lab, decision_of, key_of, levels, put, row_of, states
+
+from autoenc.sweep.asha import excess
+
+LEVELS = {"A": 0.1, "B": 0.101, "C": 0.2, "D": 0.3, "E": 0.104}
+
+
+def arms(values: dict[str, float]) -> dict[str, dict[str, float]]:
+    return {name: {KNOB: value} for name, value in values.items()}
+
+
+def wobbling(amplitude: float, seed: int):
+    """Curves whose order changes on the way, by no more than the amplitude allows."""
+    def curve(config):
+        draw = random.Random(f"{seed} {config.train.weight_decay}")
+        return [value * (1 + draw.uniform(-amplitude, amplitude)) for value in levels(config)]
+    return curve
+
+
+@pytest.fixture
+def lab(tmp_path):
+    def make(values=LEVELS, curve=levels, **content) -> Lab:
+        return Lab(tmp_path, curve, **({"arms": arms(values)} if values else {}), **content)
+    return make
+
+
+# Which trials are stopped ---------------------------------------------------------------------------------------------
+
+def test_arms_in_every_order_decide_the_same(tmp_path):
+    """Design 6.2: several slots, curves that cross by less than the margin. Which are stopped depends on the order,
+    but never who wins."""
+    curve = wobbling(0.012, seed=3)
+    winners, stopped = set(), set()
+    for number, order in enumerate(permutations("ABCE")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        lab = Lab(folder, curve, arms=arms({name: LEVELS[name] for name in order}), asha={"margin": 0.05})
+        race = lab.run(slots=2 + number % 3, seed=number)
+        winners.add(decision_of(race)["winner"])
+        stopped.add(tuple(name for name, (state, _) in states(race).items() if state == "stopped"))
+    final = {name: min(curve(arm.config)) for name, arm in zip(order, lab.arms, strict=True)}
+    assert winners == {min(final, key=final.get)} and stopped <= {("C_seed42",), ()}
+
+
+@settings(max_examples=40, deadline=None)
+@given(values=st.lists(st.floats(0.05, 1), min_size=2, max_size=6, unique=True), within=st.sampled_from([0.0, 0.05]),
+       slots=st.integers(1, 4), seed=st.integers(0, 2**16), factor=st.integers(2, 4), grace=st.integers(1, 3))
+def test_what_the_rule_could_choose_is_never_stopped(values, within, slots, seed, factor, grace):
+    curve = wobbling(0.02, seed)
+    content = {"arms": arms({f"A{i}": value for i, value in enumerate(values)}), "decision": {"within": within},
+               "asha": {"margin": 0.15, "grace_epochs": grace, "reduction_factor": factor}}
+    with tempfile.TemporaryDirectory() as folder:
+        lab = Lab(Path(folder), curve, **content)
+        race = lab.run(slots, seed)
+        final = {f"{arm.name}_seed42": min(curve(arm.config)) for arm in lab.arms}
+        best = min(final.values())
+        for event in lab.events("stopped"):
+            assert excess(event["value"], event["best"], "min") > 0.15 and event["value"] > event["cutoff"]
+            assert event["epoch"] in race.rungs.epochs and event["beaten_by"]
+        for name, (state, epochs) in states(race).items():
+            if excess(final[name], best, "min") <= within:
+                assert (state, epochs) == ("completed", 8)
+        for run in race.runs.values():
+            assert [row["val/mse"] for row in run.rows] == curve(run.config)[:len(run.rows)]
+
+
+def test_baseline_and_pick_are_neither_stopped_nor_measures(lab):
+    rule = {"baseline": {"arm": "D"}, "pick": "C", "because": "looks better"}
+    race = lab(decision=rule).run(slots=2)
+    assert states(race)["D_seed42"] == states(race)["C_seed42"] == ("completed", 8)
+    best = {"A": 0.1, "B": 0.5}
+    here = lab(best, decision={"baseline": {"arm": "A"}})
+    race = here.run()
+    assert states(race) == {"A_seed42": ("completed", 8), "B_seed42": ("completed", 8)} and not here.stops()
+
+
+def test_without_asha_nothing_is_stopped(lab):
+    assert set(states(lab(asha=False).run(slots=3)).values()) == {("completed", 8)}
+
+
+def test_a_stop_is_told_in_words_and_as_an_event(lab):
+    here = lab({"A": 0.1, "C": 0.2})
+    race = here.run()
+    run = race.trials[1].run
+    assert here.stops() == [("C_seed42", 1, 0.4, 0.2, 0.2)]
+    assert run.note == "stopped at epoch 1: val/mse 0.4, 100.0% behind the best there (0.2), margin 5.0%"
+    row = next(row for row in decision_of(race)["candidates"] if row["arm"] == "C")
+    assert row["verdict"] == "behind at epoch 1"
+
+
+def test_patience_ends_a_run_and_is_no_stop(lab):
+    flat = lambda config: [config.train.weight_decay] * 8                                     # noqa: E731
+    race = lab({"A": 0.1, "B": 0.102}, flat, config={"train": {"patience": 2}}).run()
+    assert states(race) == {"A_seed42": ("completed", 3), "B_seed42": ("completed", 3)}
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_a_run_that_ended_by_itself_at_a_rung_is_a_measure_there(lab, replayed):
+    """Live and out of the store."""
+    flat = lambda config: [config.train.weight_decay] * 8                                     # noqa: E731
+    here = lab({"A": 0.1, "C": 0.2}, flat, config={"train": {"patience": 1}}, asha={"grace_epochs": 2})
+    if replayed:
+        here.store_epochs("A", 2)
+    race = here.run()
+    assert race.rungs.recorded[2] == {race.trials[0].run.id: 0.1, race.trials[1].run.id: 0.2}
+
+
+# Failures -------------------------------------------------------------------------------------------------------------
+
+def failing(bad: dict[float, tuple[int, str]], curve=levels):
+    """Curves some of which end in a failure after so many epochs."""
+    def made(config):
+        epoch, what = bad.get(config.train.weight_decay, (99, ""))
+        return [*curve(config)[:epoch], what] if epoch < 8 else curve(config)
+    return made
+
+
+@pytest.mark.parametrize("what", ["diverged", "failed"])
+def test_what_was_beaten_only_by_a_failure_is_continued(lab, what):
+    here = lab({"A": 0.1, "C": 0.2, "D": 0.5}, failing({0.1: (6, what)}))
+    race = here.run(slots=3, seed=1)
+    assert {name: state for name, (state, _) in states(race).items()} == {
+        "A_seed42": what, "C_seed42": "completed", "D_seed42": "stopped"}
+    assert "C_seed42" in {event["trial"] for event in here.events("continued")}
+    assert decision_of(race)["winner"] == "C"
+
+
+def test_a_stop_needs_a_better_one_beyond_the_margin(lab):
+    """C was stopped by A, and B beat it by less than the margin: without A the rule could choose C."""
+    here = lab({"A": 0.1, "B": 0.118, "C": 0.12}, failing({0.1: (7, "diverged")}), asha={"margin": 0.19},
+               decision={"within": 0.1})
+    race, runs = here.race(), []
+    runs = [race.next() for _ in range(3)]
+    assert [here.step(race, run) for run in runs] == [False, False, True]
+    assert len(race.trials[2].run.stop.beaten_by) == 2
+    while not here.step(race, runs[0]):
+        pass
+    assert [event["trial"] for event in here.events("continued")] == ["C_seed42"] and race.next() is runs[2]
+
+
+def test_beaten_by_what_does_not_meet_the_requirements_in_the_end(lab):
+    """A's PSNR falls below what is required after it has cost C its slot."""
+    def curve(config):
+        low = config.train.weight_decay == 0.1
+        return [{"val/mse": value, "val/psnr": 10.0 if low and epoch > 5 else 30.0 + low * epoch}
+                for epoch, value in enumerate(levels(config))]
+
+    here = lab({"A": 0.1, "C": 0.2}, curve, decision={"require": [{"metric": "val/psnr", "min": 20}]})
+    race = here.run(slots=2, seed=4)
+    assert here.stops() and states(race)["C_seed42"] == ("completed", 8) and decision_of(race)["winner"] == "C"
+
+
+def test_a_failure_is_no_measure_and_its_slot_goes_on(lab):
+    here = lab({"A": 0.1, "B": 0.12}, failing({0.1: (0, "diverged"), 0.12: (5, "failed")}))
+    race = here.run()
+    assert states(race) == {"A_seed42": ("diverged", 0), "B_seed42": ("failed", 5)}
+    assert decision_of(race)["winner"] is None and not here.stops()
+
+
+def test_failures_are_tried_again_and_divergences_are_not(lab):
+    here = lab({"A": 0.1, "B": 0.12}, failing({0.1: (3, "diverged"), 0.12: (5, "failed")}))
+    here.run()
+    assert not here.race().idle and here.race(retry=False).idle
+    assert states(here.race(retry=False)) == {"A_seed42": ("diverged", 3), "B_seed42": ("failed", 5)}
+    here.curve = levels
+    race = here.run()
+    assert states(race) == {"A_seed42": ("diverged", 3), "B_seed42": ("completed", 8)}
+    assert race.trials[1].run.trained == 3 and race.trials[0].run.note.startswith("diverged at epoch 4, step 1: loss")
+    assert len(here.events("diverged")) == 1
+
+
+# The store ------------------------------------------------------------------------------------------------------------
+
+def test_what_the_store_holds_is_not_trained(lab):
+    here = lab()
+    first = here.run(slots=2)
+    trained = dict(here.trained)
+    count = len(here.folder.events())
+    again = here.race()
+    assert again.idle and states(again) == states(first) and decision_of(again) == decision_of(first)
+    assert here.run().done and here.trained == trained and len(here.folder.events()) == count
+
+
+def test_a_stopped_trial_stays_so_when_another_sweep_trains_it_on(lab):
+    here = lab()
+    first = here.run()
+    here.store_epochs("C", 8)
+    assert states(here.race()) == states(first) and states(first)["C_seed42"][0] == "stopped"
+
+
+def test_only_a_changed_arm_is_trained(lab):
+    here = lab()
+    here.run(slots=2)
+    before = dict(here.trained)
+    there = lab({**LEVELS, "B": 0.103})
+    race = there.run(slots=2)
+    changed = key_of(there.arms[1].config)
+    assert there.trained == {changed: 8} and changed not in before
+    assert {trial.name: trial.run.trained for trial in race.trials} == {
+        "A_seed42": 0, "B_seed42": 8, "C_seed42": 0, "D_seed42": 0, "E_seed42": 0}
+
+
+def test_a_stop_falls_with_the_arm_that_made_it(lab):
+    here = lab({"A": 0.1, "C": 0.2})
+    here.run()
+    there = lab({"C": 0.2})
+    race = there.run()
+    assert states(race) == {"C_seed42": ("completed", 8)} and sum(there.trained.values()) == 7
+    assert lab({"C": 0.2, "A": 0.1}).race().trials[0].run.state == "completed"
+
+
+@pytest.mark.parametrize("change", [{"asha": {"margin": 2.0}}, {"asha": {"grace_epochs": 3}}, {"asha": False},
+                                    {"decision": {"within": 2.0}}, {"decision": {"baseline": {"arm": "C"}}}])
+def test_a_stop_that_the_sweep_would_no_longer_make_is_undone(lab, change):
+    lab({"A": 0.1, "C": 0.2}).run()
+    assert states(lab({"A": 0.1, "C": 0.2}, **change).run())["C_seed42"][1] > 1
+
+
+def test_rows_beyond_the_budget_are_not_looked_at(lab):
+    """B is the better one only after the budget."""
+    sweep = {"A": 0.1999, "B": 0.01}
+    here = lab(sweep, lambda config: [0.2 if config.train.weight_decay > 0.1 else 0.201] * 8 + [0.01] * 8)
+    for arm in sweep:
+        here.store_epochs(arm, 16)
+    race = here.race()
+    assert race.idle and decision_of(race)["winner"] == "A"
+    assert set(states(race).values()) == {("completed", 8)} and [run.stored for run in race.runs.values()] == [8, 8]
+
+
+def test_a_divergence_after_the_budget_is_none(lab):
+    here = lab({"A": 0.1})
+    here.store_epochs("A", 8, diverged={"epoch": 9, "step": 3, "what": "loss"})
+    assert states(here.race()) == {"A_seed42": ("completed", 8)}
+
+
+def test_twins_share_one_run(lab):
+    """A KL weight does nothing without a variational model."""
+    here = lab(None, arms={"A": {KNOB: 0.1}, "B": {KNOB: 0.1, "loss.kl": 0.5}, "C": {KNOB: 0.1001}})
+    race = here.run(slots=3)
+    assert len(race.runs) == 2 and race.trials[0].run is race.trials[1].run
+    assert sum(here.trained.values()) == 16
+    assert {row["arm"]: row["verdict"] for row in decision_of(race)["candidates"]}["A"] == "winner"
+
+
+def test_a_twin_of_the_baseline_is_protected_too(lab):
+    here = lab(None, arms={"A": {KNOB: 0.1}, "B": {KNOB: 0.4, "loss.kl": 0.5}, "C": {KNOB: 0.4}},
+               decision={"baseline": {"arm": "C"}})
+    assert set(states(here.run()).values()) == {("completed", 8)}
+
+
+def test_arms_that_differ_in_their_end_are_told_apart(lab):
+    """They share the trajectory; what one has trained the other takes over."""
+    here = lab(None, arms={"A": {KNOB: 0.1}, "B": {KNOB: 0.1, "train.epochs": 12}}, asha=False)
+    race = here.run()
+    assert states(race) == {"A_seed42": ("completed", 8), "B_seed42": ("completed", 12)}
+    assert here.trained == {race.trials[0].run.key: 12} and race.trials[1].run.key == race.trials[0].run.key
+    assert all(race.runs[race.key_of(arm.config)] for arm in here.arms)
+
+
+# Repeats --------------------------------------------------------------------------------------------------------------
+
+def test_finalists_get_paired_seeds(lab):
+    here = lab(decision={"repeats": 3, "within": 0.02})
+    race = here.run(slots=2)
+    seeds = {}
+    for trial in race.trials:
+        seeds.setdefault(trial.candidate.name, []).append(trial.seed)
+        assert trial.run.config.train.seed == trial.seed and trial.run.protected == (trial.seed != 42)
+    assert seeds == {"A": [42, 43, 44], "B": [42, 43, 44], "E": [42, 43, 44], "C": [42], "D": [42]}
+    assert all(len(race.runs[key].rows) == 8 for key in race.runs if race.runs[key].protected)
+    again = here.race()
+    assert again.idle and states(again) == states(race) and decision_of(again) == decision_of(race)
+    assert not any(name.split("seed")[1] != "42" for name, *_ in here.stops())
+
+
+def test_repeats_are_neither_stopped_nor_counted(lab):
+    """B's further seeds are far worse, and are trained to their end."""
+    curve = lambda config: [v * (1 + 9 * (config.train.weight_decay > 0.1 and config.train.seed > 42))   # noqa: E731
+                            for v in levels(config)]
+    here = lab({"A": 0.1, "B": 0.101}, curve, decision={"repeats": 3})
+    race = here.run(slots=4)
+    assert set(states(race).values()) == {("completed", 8)} and not here.stops()
+    assert set(race.rungs.recorded[1]) == {trial.run.id for trial in race.trials[:2]}
+    assert decision_of(race)["winner"] == "A"
+
+
+def test_a_sole_finalist_is_not_repeated(lab):
+    assert len(lab({"A": 0.1, "C": 0.2}, decision={"repeats": 3}).run().trials) == 2
+    assert len(lab({"A": 0.1, "C": 0.2}, decision={"repeats": 3, "baseline": {"arm": "A"}}).run().trials) == 2
+    both = lab({"A": 0.1, "C": 0.2}, decision={"repeats": 3, "baseline": {"arm": "C"}}).run()
+    assert len(both.trials) == 6
+
+
+# Kills ----------------------------------------------------------------------------------------------------------------
+
+SWEEPS = [
+    ({"arms": arms({"D": 0.3, "A": 0.1, "B": 0.101, "C": 0.2, "E": 0.104}), "asha": {"margin": 0.05}}, {}),
+    ({"arms": arms({"D": 0.3, "A": 0.1, "C": 0.2, "E": 0.104}), "decision": {"repeats": 2}}, {0.1: (5, "diverged")}),
+    ({"arms": arms({"C": 0.2, "A": 0.1}), "space": {KNOB: {"type": "float", "low": 0.09, "high": 0.5}},
+      "search": {"algorithm": "random", "trials": 7}}, {}),
+    ({"arms": arms({"C": 0.2}), "space": {KNOB: {"type": "float", "low": 0.09, "high": 0.5}},
+      "search": {"algorithm": "tpe", "trials": 4}}, {}),
+]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Each sweep as it goes when nothing happens to it, with one slot, so that there is one order of things."""
+    labs = []
+    for content, bad in SWEEPS:
+        lab = Lab(tmp_path_factory.mktemp("whole"), failing(bad, wobbling(0.01, 1)), **content)
+        labs.append((lab, lab.run()))
+    return labs
+
+
+@settings(max_examples=40, deadline=None)
+@given(which=st.integers(0, len(SWEEPS) - 1), kills=st.lists(st.integers(0, 40), min_size=1, max_size=4))
+@example(which=1, kills=[14])
+def test_killed_and_continued_is_the_same_as_uninterrupted(uninterrupted, which, kills):
+    """After any events and stored epochs, several times."""
+    reference, wanted = uninterrupted[which]
+    with tempfile.TemporaryDirectory() as folder:
+        lab = Lab(Path(folder), reference.curve, **SWEEPS[which][0])
+        for kill in kills:
+            try:
+                lab.run(kill_in=kill)
+            except Killed:
+                continue
+        race = lab.run()
+        assert states(race) == states(wanted)
+        assert lab.stops() == reference.stops()
+        assert json.dumps(decision_of(race)) == json.dumps(decision_of(wanted))
+        assert lab.trained == reference.trained
+
+
+@settings(max_examples=25, deadline=None)
+@given(kills=st.lists(st.integers(0, 60), min_size=1, max_size=4), slots=st.integers(2, 4), seed=st.integers(0, 99))
+def test_killed_with_several_slots_stops_are_honoured(kills, slots, seed):
+    content, _ = SWEEPS[0]
+    with tempfile.TemporaryDirectory() as folder:
+        lab = Lab(Path(folder), wobbling(0.012, 1), **content)
+        for number, kill in enumerate(kills):
+            told = {(event["key"], event["epoch"]) for event in lab.events("stopped")}
+            try:
+                lab.run(slots, seed + number, kill_in=kill)
+            except Killed:
+                continue
+        race = lab.run(slots, seed)
+        ended = {(run.id, len(run.rows)) for run in race.runs.values() if run.state == "stopped"}
+        assert told <= ended == {(event["key"], event["epoch"]) for event in lab.events("stopped")}
+        assert decision_of(race)["winner"] == "A"
+        assert all(lab.trained[run.key] == len(run.trajectory.rows()) for run in race.runs.values())
+
+
+def test_a_worker_that_dies_before_its_report_loses_nothing(lab):
+    """Its last epoch is stored; the next worker finds the run at its end, or goes on from there."""
+    here = lab({"A": 0.1, "C": 0.2}, asha={"grace_epochs": 3})
+    race = here.race()
+    first, second = race.next(), race.next()
+    for run, epochs in ((first, 2), (second, 2)):
+        for _ in range(epochs):
+            assert not here.step(race, run)
+    put(first.trajectory, [row_of(epoch, value) for epoch, value in enumerate(levels(first.config), start=1)])
+    assert here.step(race, first) and (first.state, len(first.rows)) == ("completed", 8)
+    put(second.trajectory, [row_of(epoch, value) for epoch, value in enumerate(levels(second.config)[:3], start=1)])
+    assert here.step(race, second)                           # reports epoch 4; the rung at 3 was missed
+    assert (second.state, len(second.rows)) == ("stopped", 3)
+
+
+KEYS = st.sampled_from(["event", "key", "epoch", "value", "cutoff", "best", "beaten_by", "metric", "settings", "space"])
+PLAIN = st.one_of(st.none(), st.integers(-2, 20), st.floats(), st.text(max_size=3))
+KINDS = st.sampled_from(["stopped", "continued", "passed", "suggested", "space exhausted", "val/mse"])
+VALUES = st.one_of(KINDS, PLAIN, st.lists(PLAIN, max_size=2), st.dictionaries(st.sampled_from([KNOB, "x"]), PLAIN))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.one_of(st.dictionaries(KEYS, VALUES), VALUES), max_size=8))
+def test_broken_events_are_passed_over(broken):
+    space = {KNOB: {"type": "float", "low": 0.1, "high": 0.2}}
+    with tempfile.TemporaryDirectory() as folder:
+        lab = Lab(Path(folder), arms=arms({"A": 0.1, "C": 0.2}), space=space, search={"trials": 3})
+        key = key_of(lab.arms[1].config)
+        (lab.folder.path / "events.jsonl").write_text(
+            "".join(json.dumps({**event, "key": key} if isinstance(event, dict) and "key" in event else event) + "\n"
+                    for event in broken) + '{"half a li')
+        race = lab.race()
+        assert {run.state for run in race.runs.values()} == {"waiting"} and 2 <= len(race.trials) <= 3
+
+
+# Beyond the arms ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("algorithm", ["tpe", "random", "grid"])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_space_is_searched_after_the_arms(lab, algorithm, slots):
+    space = {KNOB: {"type": "float", "low": 0.05, "high": 0.5, "steps": 5}}
+    here = lab({"A": 0.1, "C": 0.2}, space=space, search={"algorithm": algorithm, "trials": 6})
+    race = here.run(slots)
+    assert [trial.candidate.name for trial in race.trials] == ["A", "C", "S001", "S002", "S003", "S004"]
+    started = [event["trial"] for event in here.events("started")]
+    assert started[:2] == ["A_seed42", "C_seed42"]
+    points = [event["settings"][KNOB] for event in here.events("suggested")]
+    assert points == [trial.run.config.train.weight_decay for trial in race.trials[2:]] and len(set(points)) == 4
+    assert all(0.05 <= point <= 0.5 for point in points)
+    again = here.race()
+    assert again.idle and states(again) == states(race)
+    more = lab({"A": 0.1, "C": 0.2}, space=space, search={"algorithm": algorithm, "trials": 7})
+    assert not more.race().idle and len(more.run(slots).runs) == 7
+
+
+@pytest.mark.parametrize("algorithm", ["tpe", "random", "grid"])
+def test_an_exhausted_space_ends(lab, algorithm):
+    """Three values, one of them an arm's; ten trials asked for."""
+    space = {KNOB: {"type": "choice", "choices": [0.1, 0.15, 0.2]}}
+    here = lab({"A": 0.1}, space=space, search={"algorithm": algorithm, "trials": 10})
+    race = here.run(slots=2)
+    assert sorted(run.config.train.weight_decay for run in race.runs.values()) == [0.1, 0.15, 0.2]
+    assert here.race().idle                                              # no worker is needed to find it so again
+    assert len(here.events("space exhausted")) == 1
+    wider = lab({"A": 0.1}, space={KNOB: {"type": "choice", "choices": [0.1, 0.15, 0.2, 0.25]}},
+                search={"algorithm": algorithm, "trials": 10})
+    assert not wider.race().idle and len(wider.run().trials) == 4
+
+
+def test_a_grid_goes_on_behind_all_that_is_known(lab):
+    space = {KNOB: {"type": "float", "low": 0.1, "high": 0.5, "steps": 130}}
+    grid = {"algorithm": "grid", "trials": 120}
+    assert len(lab(None, space=space, search=grid, config={"train": {"epochs": 1}}).run().trials) == 120
+    race = lab(None, space=space, search={**grid, "trials": 125}, config={"train": {"epochs": 1}}).run()
+    assert len(race.runs) == 125
+
+
+def test_a_point_that_an_arm_is_already_is_not_trained_again(lab):
+    space = {KNOB: {"type": "choice", "choices": [0.1, 0.2]}, "loss.kl": {"type": "float", "low": 0.1, "high": 1.0}}
+    here = lab({"A": 0.1}, space=space, search={"algorithm": "random", "trials": 5})
+    race = here.run()
+    assert len(race.runs) == 2 and sum(here.trained.values()) == sum(len(run.rows) for run in race.runs.values())
+
+
+def test_points_whose_settings_do_not_go_together_are_drawn_again(lab):
+    """Every loss weight may be 0, but not all of them."""
+    space = {key: {"type": "choice", "choices": [0.0, 1.0]} for key in ("loss.mse", "loss.l1")}
+    curve = lambda config: [0.1 + config.loss.mse] * 8                                        # noqa: E731
+    for algorithm in ("grid", "random", "tpe"):
+        search = {"algorithm": algorithm, "trials": 9}
+        race = lab(None, curve, space=space, search=search, config={"loss": {"l1": 1.0}}).run()
+        assert {(run.config.loss.mse, run.config.loss.l1) for run in race.runs.values()} == {(0, 1), (1, 0), (1, 1)}
+
+
+def test_points_of_another_space_are_left(lab):
+    space = {KNOB: {"type": "float", "low": 0.1, "high": 0.5}}
+    search = {"algorithm": "random", "trials": 3}
+    lab(None, space=space, search=search).run()
+    two = {**space, "loss.l1": {"type": "float", "low": 0.1, "high": 0.5}}
+    race = lab(None, space=two, search=search).run()
+    assert [len(trial.candidate.settings) for trial in race.trials] == [2, 2, 2]
+
+
+def test_sampled_points_can_be_finalists_and_picked(lab):
+    space = {KNOB: {"type": "float", "low": 0.1, "high": 0.5, "steps": 3}}
+    race = lab({"A": 0.1001}, space=space, search={"algorithm": "grid", "trials": 4},
+               decision={"repeats": 2, "pick": "S003", "because": "a test"}).run()
+    assert [trial.name for trial in race.trials[4:]] == ["A_seed43", "S001_seed43", "S003_seed43"]
+    assert decision_of(race)["winner"] == "S003"
+
+
+# The figures ----------------------------------------------------------------------------------------------------------
+
+def test_the_objective_is_read_at_the_best_epoch_of_the_monitor(lab):
+    def curve(config):
+        return [{"val/mse": 1.0, "val/ssim": 0.9}, {"val/mse": config.train.weight_decay, "val/ssim": 0.5},
+                {"val/mse": 0.9, "val/ssim": 0.99}] + [{"val/mse": math.nan, "val/ssim": 1.0}] * 5
+
+    race = lab({"A": 0.1, "B": 0.2}, curve, objective={"metric": "val/ssim"}).run()
+    assert [record.figures["val/ssim"] for record in race.records()] == [0.5, 0.5]
+    assert [record.best_epoch for record in race.records()] == [2, 2]
+
+
+def test_figures_of_the_finished_model_are_waited_for(lab):
+    here = lab({"A": 0.1}, decision={"within": 0.1, "prefer": [{"metric": "latent/smoothness"}]})
+    here.store_epochs("A", 8)
+    race = here.race()
+    assert race.needs_measuring() and not race.idle
+    run = race.trials[0].run
+    assert race.missing_figures(run) == ["latent/smoothness"]
+    (run.trajectory.folder / "figures.json").write_text(json.dumps({"8": {"latent/smoothness": 1.5}}))
+    race = here.race()
+    assert race.idle and race.records()[0].figures["latent/smoothness"] == 1.5
+
+
+def test_a_run_can_be_sent_back_for_weights(lab):
+    here = lab({"A": 0.1, "C": 0.2}, decision={"repeats": 2})
+    race = here.run()
+    before, stops = decision_of(race), here.stops()
+    race.reopen(race.trials[0].run, 5)
+    assert not race.done and race.next() is race.trials[0].run and race.trials[0].run.keep == 5
+    assert here.step(race, race.trials[0].run) and race.done and race.next() is None
+    assert decision_of(race) == before and here.stops() == stops and states(here.race()) == states(race)

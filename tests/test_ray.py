@@ -1,0 +1,244 @@
+"""The command from end to end, on a Ray of its own, and simulated curves through Ray's scheduler."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from racing import KNOB, Lab, decision_of, levels, put, row_of, states
+
+from autoenc import load_config, load_model
+from autoenc.sweep.store import Store
+
+RUNNER = Path(__file__).resolve().parents[1] / "tune_runner.py"
+
+BASE = {"config": {"data": {"image_size": 16, "limit": 40},
+                   "model": {"latent_channels": 2, "base_channels": 8, "downsampling_steps": 2},
+                   "train": {"epochs": 3, "batch_size": 16, "learning_rate": 1e-3, "patience": None}},
+        "asha": {"grace_epochs": 1, "margin": "200%"}}
+FIRST = {"name": "first_size", "arms": {"S": {"model.latent_channels": 2}, "L": {"model.latent_channels": 4}},
+         "decision": {"within": "500%", "prefer": [{"metric": "latent_size"}]}}
+SECOND = {"name": "second_vae", "inherits": "first.yaml", "config": {"train": {"epochs": 2}},
+          "arms": {"V1": {"model.variational": False}, "V2": {"model.variational": True, "loss.kl": 1e-4}},
+          "decision": {"within": "500%", "prefer": [{"metric": "latent/smoothness"}]}}
+
+
+@pytest.fixture
+def ray_folder() -> Iterator[str]:
+    """Where Ray keeps its sockets: their paths may not be long."""
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+class Project:
+    """Sweep files in a folder, and the command over them."""
+
+    def __init__(self, folder: Path, ray_folder: str) -> None:
+        self.folder, self.output, self.ray = folder, folder / "out", Path(ray_folder)
+        env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        self.env = {**env, "HOME": str(folder), "AUTOENC_CACHE": str(folder / "cache"), "RAY_TMPDIR": ray_folder}
+        self.write(base=BASE, first=FIRST, second=SECOND)
+
+    def write(self, **files) -> None:
+        for stem, content in files.items():
+            (self.folder / f"{stem}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+
+    def run(self, *arguments: str) -> str:
+        """Runs sweep second; its output."""
+        command = [sys.executable, str(RUNNER), "second.yaml", "--output", "out", *arguments]
+        done = subprocess.run(command, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stderr == ""
+        return done.stdout
+
+    def sessions(self) -> list[Path]:
+        """One for each time that Ray was started."""
+        return [path for path in self.ray.glob("**/session_2*") if path.is_dir() and not path.is_symlink()]
+
+    def trials(self, sweep: str) -> dict[str, dict[str, str]]:
+        with (self.output / sweep / "trials.csv").open() as file:
+            return {row["trial"]: row for row in csv.DictReader(file)}
+
+    def stored(self) -> dict[str, int]:
+        return {folder.name: len(Store(self.output).open(folder.name).rows())
+                for folder in (self.output / "store").iterdir()}
+
+
+def test_two_phases_from_the_command(tmp_path, ray_folder):
+    project = Project(tmp_path, ray_folder)
+    said = project.run()
+    assert "second_vae" in said and len(project.sessions()) == 1
+    check_files(project)
+
+    trials = project.trials("second_vae")
+    assert {name: (row["status"], row["epochs"], row["epochs_trained"]) for name, row in trials.items()} == {
+        "V1_seed42": ("completed", "2", "0"), "V2_seed42": ("completed", "2", "2")}       # first_size trained V1
+    assert {row["epochs_trained"] for row in project.trials("first_size").values()} == {"3"}
+    assert sorted(project.stored().values()) == [2, 3, 3]
+
+    kept = ["decision.json", "best_config.yaml", "second_vae_checkpoint_best.pt"]
+    before = [(project.output / "second_vae" / name).read_bytes() for name in kept]
+    stored = {path: path.stat().st_mtime_ns for path in (project.output / "store").glob("*/*.*")}
+    began = time.monotonic()
+    project.run()
+    seconds = time.monotonic() - began
+    assert before == [(project.output / "second_vae" / name).read_bytes() for name in kept]
+    assert stored == {path: path.stat().st_mtime_ns for path in (project.output / "store").glob("*/*.*")}
+    assert {row["epochs_trained"] for row in project.trials("second_vae").values()} == {"0"}
+    assert len(project.sessions()) == 1, "nothing to train: no Ray"
+    assert seconds < 30
+
+    project.write(second={**SECOND, "decision": {"pick": "V2", "because": "a test"}})
+    assert "V2" in project.run() and len(project.sessions()) == 1
+    assert json.loads((project.output / "second_vae" / "decision.json").read_text())["winner"] == "V2"
+
+    changed = {**SECOND["arms"], "V2": {"model.variational": True, "loss.kl": 1e-3}}
+    project.write(second={**SECOND, "arms": changed})
+    project.run()
+    assert {name: row["epochs_trained"] for name, row in project.trials("second_vae").items()} == {
+        "V1_seed42": "0", "V2_seed42": "2"}
+    assert sorted(project.stored().values()) == [2, 2, 3, 3] and len(project.sessions()) == 2
+
+
+def check_files(project: Project) -> None:
+    """Design section 3."""
+    for sweep, arms, epochs in (("first_size", ["S", "L"], 3), ("second_vae", ["V1", "V2"], 2)):
+        folder = project.output / sweep
+        decision = json.loads((folder / "decision.json").read_text())
+        assert set(decision) >= {"rule", "winner", "candidates", "reasons"} and decision["winner"] in arms
+        assert [row["arm"] for row in decision["candidates"]] == arms
+        for row in decision["candidates"]:
+            assert set(row) >= {"arm", "trials", "seeds", "score", "se", "epochs", "verdict", "reasons"}
+        best = yaml.safe_load((folder / "best_config.yaml").read_text())
+        assert best["provenance"]["sweep"] == sweep and best["provenance"]["arm"] == decision["winner"]
+        config = load_config(folder / "best_config.yaml")
+        assert config.train.epochs == epochs and config.data.image_size == 16
+        trials = project.trials(sweep)
+        assert list(next(iter(trials.values())))[:9] == [
+            "trial", "arm", "seed", "status", "epochs", "epochs_trained", "best_epoch", "seconds", "device"]
+        links = {link.name: link for link in (folder / "trials").iterdir()}
+        assert links.keys() == trials.keys() == {f"{arm}_seed42" for arm in arms}
+        for link in links.values():
+            assert link.resolve().parent == (project.output / "store").resolve()
+            assert {"config.yaml", "metrics.csv", "status.json", "latest.pt", "best.pt"} <= {
+                path.name for path in link.iterdir()}
+        assert {"started", "completed", "decided"} <= {
+            json.loads(line)["event"] for line in (folder / "events.jsonl").read_text().splitlines()}
+        assert load_model(folder / f"{sweep}_checkpoint_best.pt").latent_size > 0
+        rows = (folder / f"{sweep}_metrics.csv").read_text().splitlines()
+        assert len(rows) == 1 + epochs and rows[0].startswith("epoch,seconds,")
+        assert (folder / f"{sweep}_checkpoint_latest.pt").is_file() and (folder / "report.html").is_file()
+        assert list((folder / "samples").glob("epoch_*.png"))
+        assert not list(folder.glob(".tune*"))
+    best = yaml.safe_load((project.output / "second_vae" / "best_config.yaml").read_text())
+    assert best["provenance"]["parents"].keys() == {"first_size"} and best["config"]["model"]["latent_channels"] == 2
+    smooth = [float(row["latent/smoothness"]) for row in project.trials("second_vae").values()]
+    assert min(smooth) >= 1
+
+
+# Simulated curves -----------------------------------------------------------------------------------------------------
+
+def wobbling(config) -> list:
+    """Falls to the knob's level, and crosses others by less than 5%; above 1 it is the best one and diverges."""
+    level = config.train.weight_decay
+    wave = [1 + 0.01 * ((-1) ** (epoch + round(1000 * level))) for epoch in range(config.train.epochs)]
+    values = [value * up for value, up in zip(levels(config), wave, strict=True)]
+    return values if level < 1 else [0.05] * 5 + ["diverged"] * 3
+
+
+def simulated_worker():
+    """A worker that takes its epochs from the curve, as ``autoenc.sweep.work`` gives them to Ray. Local: Ray sends it
+    to its processes by value."""
+    from ray import tune
+
+    from autoenc.config import make_config
+
+    class Simulated(tune.Trainable):
+        def setup(self, config):
+            task = config["task"]
+            self.settings = make_config(task["config"], "the task")
+            self.trajectory = Store(Path(task["output"])).open(task["key"])
+
+        def reset_config(self, new_config):
+            self.setup(new_config)
+            return True
+
+        def step(self):
+            rows = self.trajectory.rows()
+            if len(rows) == self.settings.train.epochs:
+                return {"outcome": "completed"}
+            what = wobbling(self.settings)[len(rows)]
+            if what == "diverged":
+                put(self.trajectory, rows, diverged={"epoch": len(rows) + 1, "step": 1, "what": "loss"})
+                return {"outcome": "diverged", "note": "by test"}
+            put(self.trajectory, [*rows, row_of(len(rows) + 1, what)])
+            time.sleep(5 if what == 0.05 and len(rows) == 4 else 0.02)           # others come by while it still leads
+            return {"row": row_of(len(rows) + 1, what)}
+
+    return Simulated
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """One for all: a process can start Ray with one token only."""
+    from autoenc.sweep import run_ray
+
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path_factory.mktemp("ray") / "token"))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(RUNNER.parent), str(Path(__file__).parent)]))
+        patch.setattr(run_ray, "_Trainable", simulated_worker())
+        with run_ray.cluster(None) as cluster:
+            yield cluster
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+ARMS = {"A": 0.1, "B": 0.101, "C": 0.2, "E": 0.102}
+
+
+@pytest.mark.slow
+def test_arms_in_every_order_through_ray(tmp_path, cluster):
+    from autoenc.sweep import run_ray
+
+    winners, stops = set(), 0
+    for number, order in enumerate(itertools.permutations(ARMS)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        lab = Lab(folder, wobbling, arms={name: {KNOB: ARMS[name]} for name in order}, asha={"margin": 0.05})
+        race = lab.race()
+        run_ray.run(race, cluster, folder=lab.folder.path, output=folder)
+        assert race.done and lab.race().idle and states(lab.race()) == states(race)
+        winners.add(decision_of(race)["winner"])
+        assert {name for name, (state, _) in states(race).items() if state == "stopped"} <= {"C_seed42"}
+        stops += len(lab.stops())
+    assert len(winners) == 1 and stops > 0
+
+
+@pytest.mark.slow
+def test_a_stopped_run_is_continued_through_ray(tmp_path, cluster):
+    """What beat it diverges; a search goes on beside; a further seed for the finalists."""
+    from autoenc.sweep import run_ray
+
+    lab = Lab(tmp_path, wobbling, arms={"X": {KNOB: 1.5}, "C": {KNOB: 0.2}}, asha={"margin": 0.05},
+              decision={"repeats": 2, "within": "50%"}, search={"trials": 5, "algorithm": "random"},
+              space={KNOB: {"type": "float", "low": 0.2, "high": 0.25}})
+    race = lab.race()
+    run_ray.run(race, cluster, folder=lab.folder.path, output=tmp_path)
+    assert race.done and states(race)["X_seed42"] == ("diverged", 5)
+    assert {state for name, (state, _) in states(race).items() if name != "X_seed42"} == {"completed"}
+    stopped, continued = ({event["trial"] for event in lab.events(kind)} for kind in ("stopped", "continued"))
+    assert stopped == continued != set()
+    assert len(race.trials) == 9

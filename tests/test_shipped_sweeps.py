@@ -1,0 +1,136 @@
+"""Every YAML file under sweeps/: it loads, its chain resolves, and it says what the contract says."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from sweepfiles import SWEEPS
+
+from autoenc import figures
+from autoenc.config import KEYS, flatten, make_config
+from autoenc.sweep.inherit import arm_candidates, load_chain, parse_override, starting_point
+from autoenc.sweep.spec import PARTIAL_KEYS, read_layer
+from autoenc.yamlfile import read_yaml
+
+FILES = sorted(SWEEPS.rglob("*.yaml"))
+NAMED = [path for path in FILES if path.parent == SWEEPS and path.stem != "base"]
+PARTIAL = [path for path in FILES if path not in NAMED]
+PRESETS = [path for path in PARTIAL if path.stem != "base"]
+NEEDS = {"full": ["data.manifest=maps.csv", "data.palette=palette.yaml"]}      # what a preset's comment asks for
+
+# The contract: name, what is varied, the arms. Loss weights of phase 1.4: segmentation / classification.
+SIZES = ("model.latent_channels", "model.base_channels")
+WEIGHTS = ("loss.segmentation", "loss.classification")
+TABLE = {
+    "phase1_1": ("phase1_1_latent_channels", SIZES,
+                 {"L1": (4, 32), "L2": (8, 32), "L3": (16, 32), "L4": (8, 64), "L5": (4, 64)}),
+    "phase1_2": ("phase1_2_spatial_resolution", ("model.downsampling_steps",), {"R1": (3,), "R2": (4,), "R3": (5,)}),
+    "phase1_3": ("phase1_3_vae_test", ("model.variational", "loss.kl"), {"V1": (False, None), "V2": (True, 1e-4)}),
+    "phase1_4": ("phase1_4_loss_tuning", WEIGHTS, {"F1": (0, 0), "F2": (0.05, 0), "F3": (0.05, 0.01)}),
+}
+
+
+def stems(paths: list) -> list[str]:
+    return [path.relative_to(SWEEPS).with_suffix("").as_posix() for path in paths]
+
+
+def test_all_files_are_looked_at():
+    assert {"base", *TABLE, "presets/quick", "presets/full"} <= set(stems(FILES))
+
+
+@pytest.mark.parametrize("path", NAMED, ids=stems(NAMED))
+@pytest.mark.parametrize("preset", [None, *PRESETS], ids=["plain", *stems(PRESETS)])
+def test_every_chain_resolves_under_every_preset(path, preset):
+    name = preset and preset.stem
+    chain = load_chain(path, [name] if name else [], [parse_override(text) for text in NEEDS.get(name, [])])
+    assert chain[-1].path == path
+    assert chain[-1].name.startswith(path.stem)
+    assert chain[0].inherits is None
+    for above, spec in itertools.pairwise(chain):
+        assert spec.inherits.resolve() == above.path.resolve()
+    for spec in chain:
+        assert spec.description
+        for candidate in arm_candidates(spec, starting_point(spec, None)):
+            assert set(candidate.settings) == set(spec.arms[candidate.name].settings) if spec.arms else True
+        assert all(arm.hypothesis for arm in spec.arms.values())
+
+
+@pytest.mark.parametrize("path", PARTIAL, ids=stems(PARTIAL))
+def test_every_partial_file_is_a_layer(path):
+    layer = read_layer(read_yaml(path), path, PARTIAL_KEYS)
+    assert layer.config
+
+
+@pytest.mark.parametrize("stem", TABLE)
+def test_names_and_arms_of_the_contract(stem):
+    name, keys, arms = TABLE[stem]
+    spec = load_chain(SWEEPS / f"{stem}.yaml")[-1]
+    assert spec.name == spec.export_name == name
+    assert spec.varied == keys
+    assert {arm: tuple(content.settings.get(key) for key in keys) for arm, content in spec.arms.items()} == arms
+    assert list(spec.arms) == list(arms)
+    assert (spec.objective.metric, spec.objective.direction) == ("val/mse", "min")
+    assert spec.trials == len(arms)                      # the space is there for those who ask for more trials
+
+
+def test_the_chain_of_the_main_job():
+    assert [spec.path.stem for spec in load_chain(SWEEPS / "phase1_4.yaml")] == list(TABLE)
+
+
+def test_the_base_of_the_contract():
+    config = make_config(flatten(read_yaml(SWEEPS / "base.yaml")["config"], "base"), "base")
+    assert config.loss_weights == {"mse": 1.0}
+    assert (config.model.variational, config.model.downsampling_steps) == (False, 4)
+    assert (config.train.learning_rate, config.train.weight_decay, config.train.batch_size) == (1e-4, 0.01, 16)
+    assert (config.train.epochs, config.train.patience, config.train.seed, config.data.seed) == (10, 3, 42, 42)
+    assert config.data.split == (0.8, 0.1, 0.1)
+
+
+def test_loss_weights_until_the_phase_that_asks_about_them():
+    for spec in load_chain(SWEEPS / "phase1_3.yaml"):
+        start = starting_point(spec, None)
+        assert (start["loss.mse"], start["loss.segmentation"], start["loss.classification"]) == (1, 0.05, 0.01)
+
+
+def test_the_rules_of_the_phases():
+    one, two, three, four = (spec.decision for spec in load_chain(SWEEPS / "phase1_4.yaml"))
+    for rule in (one, two):                              # within 10% the smaller latent wins, then fewer parameters
+        assert rule.within == 0.1
+        assert [(p.metric, p.direction) for p in rule.prefer] == [("latent_size", "min"), ("parameters", "min")]
+    assert three.within == 0.1
+    assert [(p.metric, p.direction) for p in three.prefer] == [("latent/smoothness", "min")]
+    assert four.within == 0.02
+    assert [(p.metric, p.direction, p.within) for p in four.prefer] == [
+        ("val/palette_miou", "max", 0.01), ("parameters", "min", 0.0)]
+    assert (four.baseline.arm, four.baseline.margin, four.baseline.gains) == ("F1", 0.05, ("val/palette_miou",))
+    assert all(rule.require == () and rule.pick is None for rule in (one, two, three, four))
+
+
+def test_the_space_of_the_loss_weights():
+    spec = load_chain(SWEEPS / "phase1_4.yaml", [], [parse_override("phase1_4:search.trials=20")])[-1]
+    found = {key: (p.type, p.low, p.high, p.log, p.zero) for key, p in spec.space.items()}
+    assert found == {"loss.segmentation": ("float", 0.005, 0.5, True, True),
+                     "loss.classification": ("float", 0.001, 0.1, True, True)}
+    assert spec.trials == 20
+
+
+def test_the_quick_preset_is_quick():
+    for spec in load_chain(SWEEPS / "phase1_4.yaml", ["quick"]):
+        start = starting_point(spec, None)
+        assert start["data.image_size"] == 32 and start["data.limit"] < 100 and start["train.epochs"] == 3
+
+
+def test_the_full_preset_is_for_gpu_workers():
+    for spec in load_chain(SWEEPS / "phase1_4.yaml", ["full"], [parse_override(text) for text in NEEDS["full"]]):
+        start = starting_point(spec, None)
+        assert (start["data.source"], start["data.image_size"], start["data.limit"]) == ("manifest", 512, None)
+        assert spec.resources.gpus >= 1
+
+
+def test_every_figure_that_a_shipped_rule_reads_is_reported():
+    for path in NAMED:
+        rule = load_chain(path)[-1].decision
+        gains = rule.baseline.gains if rule.baseline else ()
+        assert {*(item.metric for item in (*rule.prefer, *rule.require)), *gains} <= set(figures.MODES)
+    assert set(flatten(read_yaml(SWEEPS / "base.yaml")["config"], "base")) <= set(KEYS)
