@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
         if not Path(sweep).is_file():
             near = did_you_mean(Path(sweep).name, [file.name for file in Path(sweep).parent.glob("*.yaml")])
             raise InputError(f"{sweep}: no such sweep file{near}")
-    chains = [inherit.load_chain(Path(sweep), options.preset, overrides) for sweep in options.sweeps]
+    chains = inherit.load_chains([Path(sweep) for sweep in options.sweeps], options.preset, overrides)
     named = {chain[-1].name for chain in chains}
     specs = in_order(chains)
     check_output(output)
@@ -48,6 +48,8 @@ def main(arguments: list[str]) -> int:
     check_data(specs)
     runner = Runner(options, console, output, specs)
     with runner.stack:
+        for spec in specs:                      # what does not fit the data shows before the first phase is trained
+            open_phase(spec, output, runner.dataset)
         for spec in specs:
             if not runner.run(spec, spec.name in named):
                 return 1
@@ -95,8 +97,8 @@ def check_data(specs: list[Spec]) -> None:
     """Look at every data set of the chain before anything starts."""
     seen = []
     for spec in specs:
-        config = inherit.starting_point(spec, spec.base)
-        settings = inherit.make_candidate(spec, config, "start", {}).config.data
+        start = inherit.starting_point(spec, None)
+        settings = inherit.make_candidate(spec, start, "start", {}).config.data
         if settings not in seen:
             data.check(settings)
             seen.append(settings)

@@ -215,6 +215,7 @@ class Config(Section):
 SECTIONS: dict[str, type[Section]] = {"data": DataConfig, "model": ModelConfig, "loss": LossConfig,
                                       "train": TrainConfig}
 KEYS = tuple(f"{section}.{key}" for section, part in SECTIONS.items() for key in part.model_fields)
+WITHOUT_EFFECT = ("data.cache_dir", "train.sample_every")         # on any figure or weight
 PATH_KEYS = ("data.manifest", "data.palette", "data.cache_dir")
 BESIDE_CONFIG = ("config", "provenance", "description",           # in a best_config.yaml; in a base file or preset
                  "search", "asha", "objective", "decision", "resources")

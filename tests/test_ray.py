@@ -10,12 +10,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers import small_config
 from racing import KNOB, Lab, decision_of, levels, put, row_of, states
 
 from autoenc import load_config, load_model
@@ -146,6 +148,31 @@ def check_files(project: Project) -> None:
     assert best["provenance"]["parents"].keys() == {"first_size"} and best["config"]["model"]["latent_channels"] == 2
     smooth = [float(row["latent/smoothness"]) for row in project.trials("second_vae").values()]
     assert min(smooth) >= 1
+
+
+def test_workers_on_one_trajectory_take_turns(tmp_path, monkeypatch):
+    """One that is stopped, or waits for its next trial, holds nobody up, and no epoch is trained twice."""
+    from autoenc.sweep.work import Task, work
+
+    monkeypatch.setenv("AUTOENC_CACHE", str(tmp_path / "cache"))
+
+    def worker(epochs: int):
+        config = small_config(data__limit=40, train__epochs=epochs, train__patience=None)
+        return work(Task(key="key", output=str(tmp_path), config=config.flat(), threads=1, device="cpu", measure=False))
+
+    short, long, told = worker(3), worker(5), []
+
+    def take_turns() -> None:
+        told.extend(next(short)["row"]["epoch"] for _ in range(2))          # and is left there, as a stopped one is
+        told.extend(next(long)["row"]["epoch"] for _ in range(2))
+        told.append(next(short)["outcome"])
+        told.extend([next(long)["row"]["epoch"], next(long)["outcome"]])
+
+    thread = threading.Thread(target=take_turns, daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert told == [1, 2, 3, 4, "completed", 5, "completed"]
+    assert len(Store(tmp_path).open("key").rows()) == 5
 
 
 # Simulated curves -----------------------------------------------------------------------------------------------------

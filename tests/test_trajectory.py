@@ -84,8 +84,8 @@ def stages(uninterrupted) -> list[Path]:
 
 def test_files(whole):
     files = {path.name for path in whole.folder.iterdir()}
-    assert files == {"config.yaml", "metrics.csv", "status.json", "latest.pt", "best.pt", "best_epoch_0003.pt", "samples",
-                     "tensorboard"}
+    assert files == {"config.yaml", "metrics.csv", "status.json", "latest.pt", "best.pt", "best_epoch_0003.pt",
+                     "samples", "tensorboard"}
     assert sorted(path.name for path in (whole.folder / "samples").iterdir()) == [
         "epoch_0001.png", "epoch_0002.png", "epoch_0004.png"]
     with (whole.folder / "metrics.csv").open() as file:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from autoenc.checks import Faults, shown
-from autoenc.config import KEYS, SECTIONS, Config, flatten, make_config
+from autoenc.config import KEYS, SECTIONS, WITHOUT_EFFECT, Config, flatten, make_config
 from autoenc.errors import InputError, did_you_mean
 from autoenc.files import content_hash
 from autoenc.sweep.parts import PARTS, make_part
@@ -225,7 +225,9 @@ class Winner:
 
 
 def winner_hash(settings: Mapping[str, Any]) -> str:
-    return content_hash({key: value for key, value in settings.items() if not key.startswith("data.")})
+    """Of a winning configuration; its data has a fingerprint of its own."""
+    return content_hash({key: value for key, value in settings.items()
+                         if not key.startswith("data.") and key not in WITHOUT_EFFECT})
 
 
 def read_winner(folder: Path) -> Winner | None:

@@ -13,7 +13,7 @@ from autoenc.sweep import export, inherit
 from autoenc.sweep.decide import decide
 from autoenc.sweep.inherit import Candidate, Winner
 from autoenc.sweep.race import Race
-from autoenc.sweep.spec import Spec
+from autoenc.sweep.spec import Spec, read_sweep
 from autoenc.sweep.store import Store, SweepFolder
 from autoenc.trajectory import trajectory_key
 
@@ -60,8 +60,8 @@ class Phase:
 
 def open_phase(spec: Spec, output: Path, dataset_of: Callable[[DataConfig], Dataset | None]) -> Phase:
     """Resolve a sweep against what its parent left. Raises :class:`InputError` where arms and data do not fit."""
-    parent = inherit.read_winner(output / _parent_name(spec)) if spec.inherits else None
-    start = inherit.starting_point(spec, parent.settings if parent else spec.base)
+    parent = inherit.read_winner(output / str(read_sweep(spec.inherits).get("name"))) if spec.inherits else None
+    start = inherit.starting_point(spec, parent.settings if parent else None)
     arms = inherit.arm_candidates(spec, start)
     dataset = dataset_of((arms[0].config if arms else inherit.make_candidate(spec, start, "start", {}).config).data)
     if dataset is not None:
@@ -70,12 +70,6 @@ def open_phase(spec: Spec, output: Path, dataset_of: Callable[[DataConfig], Data
     winner = inherit.read_winner(output / spec.name)
     reasons = inherit.stale_reasons(spec, winner, parent, dataset.fingerprint if dataset else None)
     return Phase(spec, output, parent, start, arms, dataset, reasons)
-
-
-def _parent_name(spec: Spec) -> str:
-    from autoenc.sweep.spec import read_sweep
-
-    return str(read_sweep(spec.inherits).get("name"))
 
 
 def decide_race(race: Race) -> dict[str, Any]:

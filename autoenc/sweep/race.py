@@ -17,7 +17,7 @@ from autoenc import figures
 from autoenc.config import Config
 from autoenc.errors import InputError
 from autoenc.files import content_hash
-from autoenc.sweep.asha import Rungs, Stop, excess, rung_epochs
+from autoenc.sweep.asha import Rungs, Stop, excess, rung_epochs, within
 from autoenc.sweep.decide import Record, finalists
 from autoenc.sweep.inherit import Candidate, make_candidate
 from autoenc.sweep.past import Past
@@ -295,7 +295,7 @@ class Race:
     def _stands(self, stop: Stop) -> bool:
         """Whether a stop is still right: something that can still win was better there by more than the margin."""
         there = self.rungs.recorded.get(stop.epoch, {})
-        return any(key in there and excess(stop.value, there[key], self.rungs.mode) > self.margin
+        return any(key in there and not within(excess(stop.value, there[key], self.rungs.mode), self.margin)
                    and (self.runs[key].state != "completed" or self._fit(self.runs[key])) for key in stop.beaten_by)
 
     # What was there before -----------------------------------------------------------------------------------------

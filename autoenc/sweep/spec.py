@@ -15,7 +15,7 @@ from typing import Any
 
 from autoenc import figures
 from autoenc.checks import Faults, shown
-from autoenc.config import absolute_paths, check_values, flatten, make_config
+from autoenc.config import WITHOUT_EFFECT, absolute_paths, check_values, flatten, make_config
 from autoenc.errors import InputError, did_you_mean
 from autoenc.files import content_hash
 from autoenc.sweep.parts import PARTS, Asha, Decision, Measured, Resources, Search, make_part
@@ -82,7 +82,7 @@ class Spec:
         """Everything that can change this sweep's result, as plain values: what staleness compares."""
         config = self.config if self.inherits else {**self.base, **self.config}
         return {
-            "config": {key: value for key, value in config.items() if key != "data.cache_dir"},
+            "config": {key: value for key, value in config.items() if key not in WITHOUT_EFFECT},
             "arms": [[name, arm.settings] for name, arm in self.arms.items()],
             "space": {key: parameter.model_dump() for key, parameter in self.space.items()},
             "search": self.search.model_dump(), "asha": self.asha.model_dump() if self.asha else False,
