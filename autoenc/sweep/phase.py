@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoenc.config import Config, DataConfig, check_heads
+from autoenc.errors import InputError
 from autoenc.sweep import export, inherit
 from autoenc.sweep.decide import decide
 from autoenc.sweep.inherit import Candidate, Winner
@@ -65,11 +66,21 @@ def open_phase(spec: Spec, output: Path, dataset_of: Callable[[DataConfig], Data
     arms = inherit.arm_candidates(spec, start)
     dataset = dataset_of((arms[0].config if arms else inherit.make_candidate(spec, start, "start", {}).config).data)
     if dataset is not None:
-        for arm in arms:
-            check_heads(arm.config, len(dataset.classes), len(dataset.label_names))
+        for candidate in (*arms, *_ends(spec, start)):
+            try:
+                check_heads(candidate.config, len(dataset.classes), len(dataset.label_names))
+            except InputError as error:
+                raise InputError(f"{spec.path}: {candidate.name}: {error}") from None
     winner = inherit.read_winner(output / spec.name)
     reasons = inherit.stale_reasons(spec, winner, parent, dataset.fingerprint if dataset else None)
     return Phase(spec, output, parent, start, arms, dataset, reasons)
+
+
+def _ends(spec: Spec, start: dict[str, Any]) -> Iterator[Candidate]:
+    """Candidates at the upper end of each parameter: what they need of the data, some sampled point may need."""
+    for key, parameter in spec.space.items() if spec.trials > len(spec.arms) else ():
+        for value in parameter.choices if parameter.type == "choice" else (parameter.high,):
+            yield inherit.make_candidate(spec, start, f"space.{key}", {**parameter.when, key: value})
 
 
 def decide_race(race: Race) -> dict[str, Any]:

@@ -108,13 +108,16 @@ class SweepFolder:
     def write_trials(self, race: Race) -> None:
         """``trials.csv``: a row a trial, with every varied setting and every figure at the best epoch."""
         varied = race.spec.varied
-        rows = []
+        rows, counted = [], set()
         for trial in race.trials:
+            shared = trial.run.id in counted             # trained once for two candidates that come to the same
+            counted.add(trial.run.id)
             run, status = trial.run, trial.run.trajectory.status()
             found = race.figures_of(run)
             rows.append({
                 "trial": trial.name, "arm": trial.candidate.name, "seed": trial.seed, "status": run.state,
-                "epochs": len(run.rows), "epochs_trained": run.trained, "best_epoch": int(found.pop("epoch", 0)),
+                "epochs": len(run.rows), "epochs_trained": 0 if shared else run.trained,
+                "best_epoch": int(found.pop("epoch", 0)),
                 "seconds": round(sum(row["seconds"] for row in run.rows), 3), "device": status.get("device", ""),
                 **{key: _cell(trial.run.config.flat()[key]) for key in varied},
                 **{key: value for key, value in found.items() if key != "seconds"}})

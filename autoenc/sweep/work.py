@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from autoenc.config import Config, make_config
 from autoenc.errors import InputError
 from autoenc.sweep.store import Store
@@ -42,25 +44,41 @@ def work(task: Task) -> Iterator[dict[str, Any]]:
     store = Store(Path(task.output))
     trajectory = store.open(task.key)
     try:
-        with store.lock(task.key):
-            dataset = _open_data(config)
-            for row in trajectory.train(config, dataset, task.device):
-                yield {"epoch": row["epoch"], "row": row}
-            outcome = _outcome(trajectory, config)
-            if outcome["outcome"] == "completed":
-                best = int(best_row(trajectory.rows(), config)["epoch"])
-                for epoch in {best if task.measure else None, task.keep} - {None}:
+        dataset = _open_data(config)
+        yield from _train(store.lock(task.key), trajectory, config, dataset, task.device)
+        outcome = _outcome(trajectory, config)
+        if outcome["outcome"] == "completed":
+            best = best_row(trajectory.rows(), config)           # None: the monitored figure is undefined throughout
+            measured = int(best["epoch"]) if task.measure and best else None
+            with store.lock(task.key):
+                for epoch in {measured, task.keep} - {None}:
                     if trajectory.weights(epoch) is None:
                         for row in trajectory.restore_weights(config, dataset, task.device, epoch):
                             yield {"epoch": row["epoch"]}
-                if task.measure:
-                    trajectory.measure(config, dataset, task.device, best)
-            yield outcome
+                if measured is not None:
+                    trajectory.measure(config, dataset, task.device, measured)
+        yield outcome
     except OSError as error:
         full = "the disk is full: " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         yield {"outcome": "broken", "note": f"{full}{error.filename or trajectory.folder}: {error.strerror or error}"}
     except InputError as error:
         yield {"outcome": "failed", "note": str(error)}
+
+
+def _train(lock: FileLock, trajectory: Trajectory, config: Config, dataset: Any,
+           device: str) -> Iterator[dict[str, Any]]:
+    """Each epoch under the trajectory's lock, which is free in between: a worker that is stopped there, and kept for
+    the next trial, holds nobody up. Where another one has trained on meanwhile, its epochs are taken over."""
+    steps, epoch = None, 0
+    while True:
+        with lock:
+            if steps is None or len(trajectory.rows()) != epoch:
+                steps = trajectory.train(config, dataset, device)
+            row = next(steps, None)
+        if row is None:
+            return
+        epoch = row["epoch"]
+        yield {"epoch": epoch, "row": row}
 
 
 def _open_data(config: Config) -> Any:
