@@ -21,7 +21,7 @@ from autoenc import data
 from autoenc.config import DataConfig
 from autoenc.errors import InputError, command, did_you_mean
 from autoenc.sweep import export, inherit, live, plan
-from autoenc.sweep.phase import Phase, conclude, decide_race, device_kind, open_phase
+from autoenc.sweep.phase import Phase, conclude, decide_race, device_kind, open_phase, survey
 from autoenc.sweep.race import Race
 from autoenc.sweep.spec import Spec
 
@@ -48,8 +48,7 @@ def main(arguments: list[str]) -> int:
     check_data(specs)
     runner = Runner(options, console, output, specs)
     with runner.stack:
-        for spec in specs:                      # what does not fit the data shows before the first phase is trained
-            open_phase(spec, output, runner.dataset)
+        survey(specs, output, runner.dataset)   # what does not fit the data shows before the first phase is trained
         for spec in specs:
             if not runner.run(spec, spec.name in named):
                 return 1
@@ -106,14 +105,7 @@ def check_data(specs: list[Spec]) -> None:
 
 def dry_run(console: Console, specs: list[Spec], output: Path) -> int:
     check_data(specs)
-    phases: list[Phase] = []
-    for spec in specs:
-        phase = open_phase(spec, output, data.cached)
-        above = next((p for p in phases if spec.inherits and p.spec.path.resolve() == spec.inherits.resolve()), None)
-        if above is not None and above.reasons:
-            phase.reasons = [f"{above.spec.name} runs first", *phase.reasons]
-            phase.parent = None
-        phases.append(phase)
+    phases = survey(specs, output, data.cached)
     plan.show_chain(console, [(p.spec, p.reasons, inherit.read_winner(output / p.spec.name)) for p in phases])
     for phase in phases:
         race = phase.race(device_kind(None)) if phase.dataset and (phase.parent or not phase.spec.inherits) else None

@@ -151,9 +151,9 @@ def _unmet(candidate: Candidate, rule: Decision) -> list[str]:
         if math.isnan(value):
             unmet.append(f"has no {requirement.metric}, which is required")
         elif requirement.min is not None and value < requirement.min:
-            unmet.append(f"{requirement.metric} {_number(value)} is below the required {_number(requirement.min)}")
+            unmet.append(f"{requirement.metric} {number(value)} is below the required {number(requirement.min)}")
         elif requirement.max is not None and value > requirement.max:
-            unmet.append(f"{requirement.metric} {_number(value)} is above the allowed {_number(requirement.max)}")
+            unmet.append(f"{requirement.metric} {number(value)} is above the allowed {number(requirement.max)}")
     return unmet
 
 
@@ -184,31 +184,31 @@ def _choose(able: list[Candidate], objective: Measured, rule: Decision, told: di
     best = _best(final, objective, seeds)
     top = best.mean(metric, seeds)
     over = f"mean of seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else "one seed"
-    reasons.append(f"{best.arm} has the best {metric}: {_number(top)} ({over})")
+    reasons.append(f"{best.arm} has the best {metric}: {number(top)} ({over})")
 
     equal = []
     tolerance, samples = rule.within or 0.0, _paired(final, best, metric, seeds)
     for candidate in able:
         if candidate not in final:
             behind = excess(candidate.mean(metric, first), leader.mean(metric, first), mode)
-            told[candidate.arm] = ("worse", [f"{_percent(behind)} behind {leader.arm} on the first seed: no finalist"])
+            told[candidate.arm] = ("worse", [f"{percent(behind)} behind {leader.arm} on the first seed: no finalist"])
             continue
         value = candidate.mean(metric, seeds)
         behind = excess(value, top, mode)
         if candidate is best:
             equal.append(candidate)
-            told[candidate.arm] = ("best", [f"best {metric}: {_number(value)}"])
+            told[candidate.arm] = ("best", [f"best {metric}: {number(value)}"])
             continue
-        how, bound = f"{_percent(behind)} behind {best.arm}", behind
+        how, bound = f"{percent(behind)} behind {best.arm}", behind
         if rule.evidence == "shown":
             bound = upper_bound(samples[candidate.arm], list(samples.values()), mode)
-            how += (f", at most {_percent(bound)} with {CONFIDENCE:.0%} confidence" if math.isfinite(bound) else
+            how += (f", at most {percent(bound)} with {CONFIDENCE:.0%} confidence" if math.isfinite(bound) else
                     ", and the seeds bound it nowhere")
         if within(bound, tolerance) and (tolerance > 0 or behind == 0):
             equal.append(candidate)
-            told[candidate.arm] = ("as good", [f"{how}: within {_percent(tolerance)}"])
+            told[candidate.arm] = ("as good", [f"{how}: within {percent(tolerance)}"])
         else:
-            told[candidate.arm] = ("worse", [how + (f": not shown to be within {_percent(tolerance)}"
+            told[candidate.arm] = ("worse", [how + (f": not shown to be within {percent(tolerance)}"
                                                     if rule.evidence == "shown" and within(behind, tolerance) else "")])
     return _prefer(equal, best, rule, seeds, told, reasons)
 
@@ -225,7 +225,7 @@ def _prefer(equal: list[Candidate], best: Candidate, rule: Decision, seeds: Sequ
             told: dict[str, tuple[str, list[str]]], reasons: list[str]) -> Candidate:
     left = equal
     if len(left) > 1:
-        reasons.append(f"within {_percent(rule.within or 0.0)} of it, and so just as good by the rule: "
+        reasons.append(f"within {percent(rule.within or 0.0)} of it, and so just as good by the rule: "
                        + ", ".join(candidate.arm for candidate in left if candidate is not best))
     for preference in rule.prefer:
         if len(left) == 1:
@@ -239,12 +239,12 @@ def _prefer(equal: list[Candidate], best: Candidate, rule: Decision, seeds: Sequ
         top = min(measured) if mode == "min" else max(measured)
         keep = [candidate for candidate in left if not math.isnan(values[candidate.arm])
                 and within(excess(values[candidate.arm], top, mode), preference.within)]
-        told_values = ", ".join(f"{arm} {_number(value)}" for arm, value in values.items())
+        told_values = ", ".join(f"{arm} {number(value)}" for arm, value in values.items())
         reasons.append(f"{'smaller' if mode == 'min' else 'larger'} {preference.metric} is preferred: {told_values}")
         for candidate in left:
             if candidate not in keep:
                 value = values[candidate.arm]
-                known = "is not known" if math.isnan(value) else f"{_number(value)} against {_number(top)}"
+                known = "is not known" if math.isnan(value) else f"{number(value)} against {number(top)}"
                 told[candidate.arm][1].append(f"{preference.metric} {known}")
         left = keep
     winner = left[0]
@@ -286,7 +286,7 @@ def _against_baseline(candidates: list[Candidate], objective: Measured, rule: De
         if not ratios:
             continue
         change = worse(fmean(ratios), mode)
-        text = f"against {baseline.arm}: {_percent(abs(change))} {'worse' if change > 0 else 'better'}"
+        text = f"against {baseline.arm}: {percent(abs(change))} {'worse' if change > 0 else 'better'}"
         ends = interval(ratios, list(samples.values()), mode)
         told[candidate.arm][1].append(text + (
             f" ({CONFIDENCE:.0%} interval {ends[0]:+.1%} to {ends[1]:+.1%}, {len(ratios)} seeds)" if ends else
@@ -311,9 +311,11 @@ def concession(decision: Mapping[str, Any]) -> float:
     return excess(won["score"], min(scores) if mode == "min" else max(scores), mode)
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """A figure in four digits, a large one in full."""
     return f"{value:,.0f}" if 100_000 <= abs(value) < 1e12 else f"{value:.4g}"
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """A share as three digits of percent."""
     return "∞%" if math.isinf(share) else f"{100 * share:.3g}%"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,9 +59,26 @@ class Phase:
             yield self.folder
 
 
-def open_phase(spec: Spec, output: Path, dataset_of: Callable[[DataConfig], Dataset | None]) -> Phase:
-    """Resolve a sweep against what its parent left. Raises :class:`InputError` where arms and data do not fit."""
-    parent = inherit.read_winner(output / str(read_sweep(spec.inherits).get("name"))) if spec.inherits else None
+def survey(specs: Sequence[Spec], output: Path, dataset_of: Callable[[DataConfig], Dataset | None]) -> list[Phase]:
+    """All sweeps of a command as they stand before any of them runs, parents first. What does not fit the data shows
+    here. Raises :class:`InputError`."""
+    phases: dict[Path, Phase] = {}
+    for spec in specs:
+        above = phases.get(spec.inherits.resolve()) if spec.inherits else None
+        stands = above is None or not above.reasons
+        phase = phases[spec.path.resolve()] = open_phase(spec, output, dataset_of, parent_stands=stands)
+        if not stands:
+            phase.reasons = [f"{above.spec.name} runs first"]
+    return list(phases.values())
+
+
+def open_phase(spec: Spec, output: Path, dataset_of: Callable[[DataConfig], Dataset | None],
+               parent_stands: bool = True) -> Phase:
+    """Resolve a sweep against what its parent left; ``parent_stands``: False where that will run first, and what it
+    left is not to be built on. Raises :class:`InputError` where arms and data do not fit."""
+    parent = None
+    if spec.inherits and parent_stands:
+        parent = inherit.read_winner(output / str(read_sweep(spec.inherits).get("name")))
     start = inherit.starting_point(spec, parent.settings if parent else None)
     arms = inherit.arm_candidates(spec, start)
     dataset = dataset_of((arms[0].config if arms else inherit.make_candidate(spec, start, "start", {}).config).data)

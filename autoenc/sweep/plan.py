@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from autoenc.config import Config
-from autoenc.sweep.decide import compounded
+from autoenc.sweep.decide import compounded, number
 from autoenc.sweep.inherit import Candidate, Winner
 from autoenc.sweep.race import Race
 from autoenc.sweep.spec import Spec
@@ -61,7 +61,8 @@ def show_plan(console: Console, spec: Spec, arms: Sequence[Candidate], parent: W
     if not any(arm.hypothesis for arm in arms):
         table.columns.pop()
     console.print(table)
-    console.print("budget       " + _budget(spec, arms, race, slots, seconds_per_epoch))
+    budget = _budget(spec, arms, race, slots, seconds_per_epoch) if reasons else "decided: nothing to train"
+    console.print(f"budget       {budget}")
     console.print("rule         " + rule_in_words(spec))
 
 
@@ -70,10 +71,11 @@ def _budget(spec: Spec, arms: Sequence[Candidate], race: Race | None, slots: int
     sampled = spec.trials - len(arms) if spec.space else 0
     default = spec.config.get("train.epochs", Config().train.epochs)
     each = max((arm.config.train.epochs for arm in arms), default=default)
-    stored = sum(run.stored for run in race.runs.values()) if race else 0
     first = sum(arm.config.train.epochs for arm in arms) + max(0, sampled) * each
+    if race:
+        first -= sum(run.config.train.epochs if run.ended else run.stored for run in race.runs.values())
     repeats = (spec.decision.repeats - 1) * each * spec.trials
-    most = max(0, first - stored) + repeats
+    most = max(0, first) + repeats
     said = [f"at most {most} epochs" + (f" ({repeats} of them further seeds for the finalists)" if repeats else "")]
     disk = sum(parameters(arm.config) for arm in arms) * spec.decision.repeats * BYTES_PER_PARAMETER
     said.append(f"{disk / 1e6:,.0f} MB on disk")
@@ -136,7 +138,7 @@ def show_decision(console: Console, race: Race, decision: Mapping[str, Any], win
         values = []
         for name in shown:
             known = [found[name] for found in by_name[row["arm"]] if name in found]
-            values.append(f"{sum(known) / len(known):,.4g}" if known else "")
+            values.append(number(sum(known) / len(known)) if known else "")
         style = "bold green" if row["verdict"] == "winner" else None
         table.add_row(row["arm"], row["verdict"], str(len(row["seeds"])), str(row["epochs"]), *values, style=style)
     console.print(table)

@@ -21,7 +21,7 @@ from autoenc.errors import InputError
 from autoenc.files import write_atomic
 from autoenc.sweep import charts
 from autoenc.sweep.asha import excess
-from autoenc.sweep.decide import compounded
+from autoenc.sweep.decide import compounded, percent
 from autoenc.sweep.inherit import Winner, read_winner
 from autoenc.sweep.plan import duration, improving_margin, rule_in_words
 from autoenc.sweep.race import Race, Run, Trial
@@ -76,11 +76,6 @@ def number(value: float | None) -> str:
     if not isfinite(value):
         return "∞" if value > 0 else "−∞"
     return f"{value:,.0f}" if value == int(value) or abs(value) >= 100_000 else f"{value:#.4g}"
-
-
-def percent(share: float) -> str:
-    """A share as three digits of percent."""
-    return f"{100 * share:.3g}%" if isfinite(share) else "∞%"
 
 
 def breakable(name: str) -> Markup:
