@@ -31,8 +31,8 @@ os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_H
                "TUNE_FORCE_TRIAL_CLEANUP_S": "3", "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000000",
                "RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
                "TUNE_RESULT_BUFFER_LENGTH": "1", "RAY_AIR_NEW_OUTPUT": "0"}
-for name, value in {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_TQDM_PATCH_PRINT": "0"}.items():
-    os.environ.setdefault(name, value)
+# A head that refuses our token is asked so many times, a second apart (Ray's default is 20).
+os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "8")
 
 
 def _token_file() -> Path:
@@ -101,8 +101,8 @@ def cluster(address: str | None) -> Iterator[Cluster]:
                                log_to_driver=False, configure_logging=True)
     except (ConnectionError, RuntimeError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"--address {address}: cannot join: {first}" if not local
-                         else f"a local Ray cannot be started: {first}") from None
+        raise InputError(f"a local Ray cannot be started: {first}" if local else
+                         f"--address {address}: cannot join: {first} (is {_token_file()} its token?)") from None
     # ray.init takes SIGTERM for itself; from here on it ends the sweep in order, like Ctrl-C.
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
