@@ -108,7 +108,7 @@ def dry_run(console: Console, specs: list[Spec], output: Path) -> int:
     phases = survey(specs, output, data.cached)
     plan.show_chain(console, [(p.spec, p.reasons, inherit.read_winner(output / p.spec.name)) for p in phases])
     for phase in phases:
-        race = phase.race(device_kind(None)) if phase.dataset and (phase.parent or not phase.spec.inherits) else None
+        race = phase.race(device_kind(phase.spec)) if phase.dataset and (phase.parent or not phase.spec.inherits) else None
         show_plan(console, phase, race)
     if any(phase.dataset is None for phase in phases):
         console.print("\nthe data has not been decoded on this machine yet, so what the store holds is not known",
@@ -142,13 +142,13 @@ class Runner:
             return self.stand(phase, named)
         if not named and self.options.no_upstream:
             raise InputError(f"{spec.name} must run first ({'; '.join(phase.reasons)}): {self.command_for(spec)}")
-        race = phase.race(device_kind(self.cluster))
+        race = phase.race(device_kind(spec, self.cluster))
         if not race.idle:
             self.join_cluster()
-            race = phase.race(device_kind(self.cluster))
+            race = phase.race(device_kind(spec, self.cluster))
         show_plan(self.console, phase, race, self.cluster)
         with phase.writing() as folder:
-            race = phase.race(device_kind(self.cluster), folder.emit)
+            race = phase.race(device_kind(spec, self.cluster), folder.emit)
             folder.link_trials(race)
             if not race.idle:
                 self.train(phase, race)
@@ -191,7 +191,7 @@ class Runner:
     def stand(self, phase: Phase, named: bool) -> bool:
         """An unchanged, decided sweep: its tables are written from the store again, nothing is trained."""
         winner = inherit.read_winner(phase.folder.path)
-        race = phase.race((winner.provenance.get("device") or {}).get("device") or device_kind(None))
+        race = phase.race((winner.provenance.get("device") or {}).get("device") or device_kind(phase.spec))
         if not race.idle:                       # trajectories were removed since: what stands is left as it is
             self.console.print(f"{phase.spec.name}: stands, winner {winner.provenance['arm']}")
             return True
@@ -243,7 +243,7 @@ class Runner:
     def set_aside(self, phase: Phase) -> None:
         """``--fresh``: the sweep's results and its trajectories get out of the way."""
         with phase.writing():
-            for key in {run.key for run in phase.race(device_kind(self.cluster)).runs.values()}:
+            for key in {run.key for run in phase.race(device_kind(phase.spec, self.cluster)).runs.values()}:
                 phase.store.set_aside(key)
         phase.folder.set_aside()
 

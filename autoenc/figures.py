@@ -8,8 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from autoenc.errors import InputError, did_you_mean
-
 PER_SPLIT = {
     "loss": "min",                      # weighted sum of the loss terms
     "mse": "min", "l1": "min", "psnr": "max", "ssim": "max",
@@ -65,10 +63,3 @@ def patience_over(values: Sequence[float], mode: str, patience: int | None, min_
         if waited >= patience:
             return True
     return False
-
-
-def check_figure(name: str, where: str) -> str:
-    """The name itself. Raises :class:`InputError` for a figure that training does not report."""
-    if name not in MODES:
-        raise InputError(f"{where}: {name!r} is no figure{did_you_mean(name, MODES)}")
-    return name

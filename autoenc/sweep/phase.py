@@ -117,8 +117,10 @@ def conclude(phase: Phase, race: Race, decision: dict[str, Any], folder: SweepFo
     return export.export(race, decision, phase.parent, phase.dataset.fingerprint, folder)
 
 
-def device_kind(cluster: Cluster | None) -> str:
-    """The kind of device that trials will run on; before a cluster is there, what this machine has."""
-    if cluster is not None:
-        return cluster.device_kind
-    return "cuda" if any(Path("/proc/driver/nvidia/gpus").glob("*")) else "cpu"
+def device_kind(spec: Spec, cluster: Cluster | None = None) -> str:
+    """The kind of device that a sweep's trials run on (``cpu`` or ``cuda``); before a cluster is there, what this
+    machine lets expect."""
+    if spec.resources.gpus == 0:
+        return "cpu"
+    gpus = cluster.gpus if cluster is not None else any(Path("/proc/driver/nvidia/gpus").glob("*"))
+    return "cuda" if gpus else "cpu"

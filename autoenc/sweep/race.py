@@ -51,11 +51,6 @@ class Run:
         return self.state in ENDED
 
     @property
-    def end(self) -> int:
-        """The epoch at which it ended or will end at the latest."""
-        return len(self.rows) if self.ended else self.config.train.epochs
-
-    @property
     def at_end(self) -> bool:
         """Whether its rows reach the end of its budget or patience."""
         return own_end(self.rows, self.config) is not None

@@ -59,10 +59,6 @@ class Cluster:
     dashboard: str | None
     local: bool
 
-    @property
-    def device_kind(self) -> str:
-        return "cuda" if self.gpus else "cpu"
-
     def share(self, resources: Resources, runs: int) -> tuple[int, float, int]:
         """CPUs and GPUs of one trial and the number of slots, for so many runs.
 
@@ -199,9 +195,6 @@ def run(race: Race, here: Cluster, *, folder: Path, output: Path,
     try:
         with _quiet():
             tuner.fit()
-    except KeyboardInterrupt:
-        driver.interrupted = True
-        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if driver.broken:
@@ -216,8 +209,7 @@ class _Driver:
         self.race, self.changed = race, changed
         self.output, self.threads, self.device = output, threads, device
         self.runs: dict[str, Run] = {}
-        self.broken = ""
-        self.interrupted = False
+        self.broken = ""                        # why no worker can go on: a full disk, a folder that is gone
 
     def __reduce__(self) -> tuple:
         return object, ()                       # Tune pickles what it is given in order to restore it; never done here
