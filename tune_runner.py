@@ -108,8 +108,8 @@ def dry_run(console: Console, specs: list[Spec], output: Path) -> int:
     phases = survey(specs, output, data.cached)
     plan.show_chain(console, [(p.spec, p.reasons, inherit.read_winner(output / p.spec.name)) for p in phases])
     for phase in phases:
-        race = phase.race(device_kind(phase.spec)) if phase.dataset and (phase.parent or not phase.spec.inherits) else None
-        show_plan(console, phase, race)
+        start_known = phase.parent is not None or phase.spec.inherits is None
+        show_plan(console, phase, phase.race(device_kind(phase.spec)) if phase.dataset and start_known else None)
     if any(phase.dataset is None for phase in phases):
         console.print("\nthe data has not been decoded on this machine yet, so what the store holds is not known",
                       style="dim")
