@@ -154,9 +154,12 @@ def show_decision(console: Console, race: Race, decision: Mapping[str, Any], win
         total = 100 * compounded(list(concessions.values()))
         console.print(f"  · conceded to preferences so far: {parts}; together {total:.3g}%", highlight=False)
     margin = improving_margin(race.spec)
-    late = [record for record in race.records() if record.improving > margin]
+    late: dict[str, float] = {}
+    for record in race.records():
+        if record.improving > margin:
+            late[record.arm] = max(record.improving, late.get(record.arm, 0.0))
     if late:
-        names = ", ".join(f"{record.trial} ({100 * record.improving:.2g}%)" for record in late)
+        names = ", ".join(f"{arm} ({100 * share:.2g}%)" for arm, share in late.items())
         console.print(f"[yellow]  ! still improving by more than {100 * margin:.2g}% over the last 3 epochs: "
                       f"{names}; more epochs may change the ranking[/]", highlight=False)
     trained = sum(run.trained for run in race.runs.values())
