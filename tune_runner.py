@@ -160,6 +160,8 @@ class Runner:
                 race.reopen(trial.run, epoch)
                 self.join_cluster()
                 self.train(phase, race)
+                if export.missing_weights(race, decision):
+                    raise OSError(f"{trial.name}: its weights could not be had again: {trial.run.note}")
             files = conclude(phase, race, decision, folder)
             folder.emit(event="decided", winner=decision["winner"])
             winner = inherit.read_winner(folder.path)
@@ -196,7 +198,7 @@ class Runner:
             self.console.print(f"{phase.spec.name}: stands, winner {winner.provenance['arm']}")
             return True
         decision = decide_race(race)
-        with phase.writing() as folder:
+        with phase.writing(wait=30) as folder:  # sweeps started together may look at the same upstream sweep
             folder.link_trials(race)
             folder.write_trials(race)
             folder.write_json("decision.json", decision)

@@ -90,7 +90,7 @@ class Baseline(Section):
 
 
 class Decision(Section):
-    within: Share | None = None
+    within: Annotated[Share | None, BeforeValidator(lambda value: None if value == "none" else value)] = None
     """relative distance from the best score that counts as just as good; none: only the best itself"""
     evidence: Literal["observed", "shown"] = "observed"
     prefer: Annotated[tuple[Preference, ...], BeforeValidator(_list)] = ()

@@ -54,8 +54,9 @@ class Phase:
                     past=self.folder.events(), retry=bool(self.reasons))
 
     @contextmanager
-    def writing(self) -> Iterator[SweepFolder]:
-        with self.folder.writing():
+    def writing(self, wait: float = 0) -> Iterator[SweepFolder]:
+        """The sweep's folder, for this process alone (see :meth:`SweepFolder.writing`)."""
+        with self.folder.writing(wait):
             yield self.folder
 
 

@@ -40,7 +40,8 @@ def _token_file() -> Path:
 
 
 # Ray reads its authentication mode when it is imported, and turns it on by itself only for clusters that it starts.
-if "RAY_AUTH_TOKEN" in os.environ or _token_file().is_file():
+# Set any later, a head would demand the token that its own driver does not send.
+if "ray" not in sys.modules and ("RAY_AUTH_TOKEN" in os.environ or _token_file().is_file()):
     os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 import ray  # noqa: E402

@@ -54,12 +54,13 @@ class SweepFolder:
         self.name = name
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
-        """One writer at a time. Raises :class:`InputError` where another run holds the folder."""
+    def writing(self, wait: float = 0) -> Iterator[None]:
+        """One writer at a time. Raises :class:`InputError` where another run holds the folder for more than ``wait``
+        seconds."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / ".lock")
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=wait)
         except Timeout:
             raise InputError(f"{self.path}: another run is writing here; wait, or use another --output") from None
         except OSError as error:
