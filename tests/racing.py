@@ -13,7 +13,8 @@ import yaml
 from autoenc.config import Config
 from autoenc.sweep.decide import decide
 from autoenc.sweep.inherit import arm_candidates, load_chain, starting_point
-from autoenc.sweep.race import Race, Run
+from autoenc.sweep.race import Race
+from autoenc.sweep.standing import Run
 from autoenc.sweep.store import Store, SweepFolder
 from autoenc.trajectory import Trajectory, csv_text, divergence, own_end, trajectory_key
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoenc.sweep.race import Race, Run, Trial
+from autoenc.sweep.race import Race
+from autoenc.sweep.standing import Run, Trial
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

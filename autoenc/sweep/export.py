@@ -11,7 +11,8 @@ from typing import Any
 from autoenc.files import write_atomic
 from autoenc.sweep.decide import concession
 from autoenc.sweep.inherit import Winner, parent_hashes
-from autoenc.sweep.race import Race, Trial
+from autoenc.sweep.race import Race
+from autoenc.sweep.standing import Trial
 from autoenc.sweep.store import SweepFolder, copy_into
 from autoenc.trajectory import FORMAT, csv_text
 from autoenc.yamlfile import dump_yaml

@@ -12,7 +12,8 @@ from rich.live import Live
 from rich.table import Table
 
 from autoenc.sweep.plan import duration
-from autoenc.sweep.race import Race, Run
+from autoenc.sweep.race import Race
+from autoenc.sweep.standing import Run
 
 STYLES = {"running": "cyan", "completed": "green", "stopped": "yellow", "diverged": "red", "failed": "red",
           "waiting": "dim"}

@@ -1,8 +1,7 @@
 """The course of one sweep: which trial runs next, which is stopped, when all is done. No Ray, no torch, no clock.
 
-A :class:`Run` is a trajectory that this sweep needs, a :class:`Trial` a candidate with a seed that rests on one; two
-candidates that come to the same training share it. What the store holds already is taken over before anything runs,
-as are the stops that earlier runs of the sweep wrote down.
+What the store holds already is taken over before anything runs, as are the stops that earlier runs of the sweep wrote
+down.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from autoenc import figures
@@ -18,63 +16,18 @@ from autoenc.config import Config
 from autoenc.errors import InputError
 from autoenc.files import content_hash
 from autoenc.sweep.asha import Rungs, Stop, excess, rung_epochs, within
-from autoenc.sweep.decide import Record, finalists
+from autoenc.sweep.decide import finalists
 from autoenc.sweep.inherit import Candidate, make_candidate
 from autoenc.sweep.past import Past
 from autoenc.sweep.search import Searcher, sampled_names
 from autoenc.sweep.spec import Spec
-from autoenc.trajectory import Row, Trajectory, best_row, divergence, own_end
+from autoenc.sweep.standing import Run, Standing, Trial
+from autoenc.trajectory import Row, Trajectory, divergence, own_end
 
-ENDED = ("completed", "stopped", "diverged", "failed")
 DRAWS = 100                          # points drawn in vain (all known already) before a space counts as exhausted
 
 
-@dataclass(eq=False)
-class Run:
-    """A trajectory, as far as this sweep needs it."""
-
-    id: str                          # among the sweep's runs: the key, and the end where that is not the usual one
-    key: str                         # the trajectory's
-    config: Config
-    trajectory: Trajectory
-    rows: list[Row] = field(default_factory=list)
-    state: str = "waiting"           # waiting, running, or one of ENDED
-    trained: int = 0                 # epochs that this run of the command trained
-    stored: int = 0                  # epochs that were there before
-    protected: bool = False          # never stopped, never a measure: the baseline, a person's pick, repeats
-    stop: Stop | None = None
-    note: str = ""
-    keep: int | None = None          # an epoch whose weights are needed, trained once more where they are not kept
-
-    @property
-    def ended(self) -> bool:
-        return self.state in ENDED
-
-    @property
-    def at_end(self) -> bool:
-        """Whether its rows reach the end of its budget or patience."""
-        return own_end(self.rows, self.config) is not None
-
-    def read(self) -> None:
-        """Take over the epochs that the store has beyond those known, as far as they are this run's."""
-        rows = self.trajectory.rows()
-        rows = rows[:own_end(rows, self.config) or len(rows)]
-        if len(rows) > len(self.rows):
-            self.rows = rows
-
-
-@dataclass(frozen=True, eq=False)
-class Trial:
-    candidate: Candidate
-    seed: int
-    run: Run
-
-    @property
-    def name(self) -> str:
-        return f"{self.candidate.name}_seed{self.seed}"
-
-
-class Race:
+class Race(Standing):
     """``key_of(config)`` gives a trajectory's key, ``open_trajectory(key)`` its folder, ``emit(**event)`` writes an
     event down; ``past`` are the events of earlier runs of this sweep."""
 
@@ -379,65 +332,8 @@ class Race:
         return there.keys() == point.keys() and all(
             parameter.drawn(key, point[key]) is not None for key, parameter in there.items())
 
-    # What is known -------------------------------------------------------------------------------------------------
-
-    def score(self, run: Run, epoch: int | None = None) -> float:
-        """The objective at the best epoch so far, which is what the decision would read if the run ended here."""
-        return self.figures_of(run, epoch).get(self.spec.objective.metric, math.nan)
-
-    def figures_of(self, run: Run, epoch: int | None = None) -> Row:
-        """All figures at the best epoch (among the first ``epoch`` ones)."""
-        row = best_row(run.rows[:epoch], run.config)
-        if row is None:
-            return {}
-        return {**row, **run.trajectory.figures(int(row["epoch"]))} if epoch is None else row
-
-    def missing_figures(self, run: Run) -> list[str]:
-        """Figures that the rule reads and that are computed after training, where they have not been yet."""
-        rule = self.spec.decision
-        asked = {self.spec.objective.metric, *(item.metric for item in (*rule.prefer, *rule.require))}
-        row = best_row(run.rows, run.config)
-        if row is None:                          # the monitored figure is undefined: there is no best model to measure
-            return []
-        return sorted(asked & set(figures.AFTER_TRAINING) - set(run.trajectory.figures(int(row["epoch"]))))
-
-    def needs_measuring(self) -> bool:
-        """Whether the rule reads figures that are computed after training."""
-        rule = self.spec.decision
-        asked = {self.spec.objective.metric, *(item.metric for item in (*rule.prefer, *rule.require))}
-        return bool(asked & set(figures.AFTER_TRAINING))
-
-    def records(self) -> list[Record]:
-        """What the decision reads: every trial as it ended."""
-        return [self._record(trial) for trial in self.trials if trial.run.ended]
-
-    def name_of(self, run: Run) -> str:
-        return next(trial.name for trial in self.trials if trial.run is run)
-
-    def _record(self, trial: Trial) -> Record:
-        run = trial.run
-        found = self.figures_of(run)
-        return Record(
-            arm=trial.candidate.name, trial=trial.name, seed=trial.seed, status=run.state, epochs=len(run.rows),
-            best_epoch=int(found.get("epoch", 0)), note=run.note, settings=trial.candidate.settings,
-            figures={key: value for key, value in found.items() if key not in ("epoch", "seconds")},
-            improving=self._improving(run))
-
-    def _improving(self, run: Run) -> float:
-        """By how much the objective improved over the last three epochs, as a share."""
-        if run.state != "completed" or len(run.rows) < 4:
-            return 0.0
-        before, now = self.score(run, len(run.rows) - 3), self.score(run, len(run.rows))
-        return excess(before, now, self.rungs.mode) if math.isfinite(before) and math.isfinite(now) else 0.0
-
     def _say(self, event: str, run: Run, **more: Any) -> None:
         self.emit(event=event, trial=self.name_of(run), key=run.id, **more)
-
-    def _fit(self, run: Run, epoch: int | None = None) -> bool:
-        """Whether the rule's requirements hold (among the first ``epoch`` epochs)."""
-        found = self.figures_of(run, epoch)
-        return all((r.min is None or found.get(r.metric, -math.inf) >= r.min)
-                   and (r.max is None or found.get(r.metric, math.inf) <= r.max) for r in self.spec.decision.require)
 
     def _learn(self, run: Run) -> None:
         for trial in self.trials:

@@ -24,7 +24,8 @@ from autoenc.sweep.asha import excess
 from autoenc.sweep.decide import compounded, percent
 from autoenc.sweep.inherit import Winner, read_winner
 from autoenc.sweep.plan import duration, improving_margin, rule_in_words
-from autoenc.sweep.race import Race, Run, Trial
+from autoenc.sweep.race import Race
+from autoenc.sweep.standing import Run, Trial
 from autoenc.yamlfile import dump_yaml
 
 HERE = Path(__file__).parent

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from autoenc.errors import InputError
-from autoenc.sweep.race import Race, Run
+from autoenc.sweep.race import Race
 from autoenc.sweep.spec import Resources
+from autoenc.sweep.standing import Run
 from autoenc.sweep.work import Task, work
 
 # Before ray is imported: Tune's own files, its own signal handler and its chatter are not wanted.

@@ -1,0 +1,129 @@
+"""What is known of a sweep's trials at any moment. Reading only; what moves them is the race.
+
+A :class:`Run` is a trajectory that the sweep needs, a :class:`Trial` a candidate with a seed that rests on one; two
+candidates that come to the same training share it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from autoenc import figures
+from autoenc.config import Config
+from autoenc.sweep.asha import Stop, excess
+from autoenc.sweep.decide import Record
+from autoenc.sweep.inherit import Candidate
+from autoenc.sweep.spec import Spec
+from autoenc.trajectory import Row, Trajectory, best_row, own_end
+
+ENDED = ("completed", "stopped", "diverged", "failed")
+
+
+@dataclass(eq=False)
+class Run:
+    """A trajectory, as far as this sweep needs it."""
+
+    id: str                          # among the sweep's runs: the key, and the end where that is not the usual one
+    key: str                         # the trajectory's
+    config: Config
+    trajectory: Trajectory
+    rows: list[Row] = field(default_factory=list)
+    state: str = "waiting"           # waiting, running, or one of ENDED
+    trained: int = 0                 # epochs that this run of the command trained
+    stored: int = 0                  # epochs that were there before
+    protected: bool = False          # never stopped, never a measure: the baseline, a person's pick, repeats
+    stop: Stop | None = None
+    note: str = ""
+    keep: int | None = None          # an epoch whose weights are needed, trained once more where they are not kept
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED
+
+    @property
+    def at_end(self) -> bool:
+        """Whether its rows reach the end of its budget or patience."""
+        return own_end(self.rows, self.config) is not None
+
+    def read(self) -> None:
+        """Take over the epochs that the store has beyond those known, as far as they are this run's."""
+        rows = self.trajectory.rows()
+        rows = rows[:own_end(rows, self.config) or len(rows)]
+        if len(rows) > len(self.rows):
+            self.rows = rows
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    candidate: Candidate
+    seed: int
+    run: Run
+
+    @property
+    def name(self) -> str:
+        return f"{self.candidate.name}_seed{self.seed}"
+
+
+class Standing:
+    """The trials of a sweep and what they have reached."""
+
+    spec: Spec
+    trials: list[Trial]
+    runs: dict[str, Run]
+
+    def score(self, run: Run, epoch: int | None = None) -> float:
+        """The objective at the best epoch so far, which is what the decision would read if the run ended here."""
+        return self.figures_of(run, epoch).get(self.spec.objective.metric, math.nan)
+
+    def figures_of(self, run: Run, epoch: int | None = None) -> Row:
+        """All figures at the best epoch (among the first ``epoch`` ones)."""
+        row = best_row(run.rows[:epoch], run.config)
+        if row is None:
+            return {}
+        return {**row, **run.trajectory.figures(int(row["epoch"]))} if epoch is None else row
+
+    def missing_figures(self, run: Run) -> list[str]:
+        """Figures that the rule reads and that are computed after training, where they have not been yet."""
+        rule = self.spec.decision
+        asked = {self.spec.objective.metric, *(item.metric for item in (*rule.prefer, *rule.require))}
+        row = best_row(run.rows, run.config)
+        if row is None:                          # the monitored figure is undefined: there is no best model to measure
+            return []
+        return sorted(asked & set(figures.AFTER_TRAINING) - set(run.trajectory.figures(int(row["epoch"]))))
+
+    def needs_measuring(self) -> bool:
+        """Whether the rule reads figures that are computed after training."""
+        rule = self.spec.decision
+        asked = {self.spec.objective.metric, *(item.metric for item in (*rule.prefer, *rule.require))}
+        return bool(asked & set(figures.AFTER_TRAINING))
+
+    def records(self) -> list[Record]:
+        """What the decision reads: every trial as it ended."""
+        return [self._record(trial) for trial in self.trials if trial.run.ended]
+
+    def name_of(self, run: Run) -> str:
+        return next(trial.name for trial in self.trials if trial.run is run)
+
+    def _record(self, trial: Trial) -> Record:
+        run = trial.run
+        found = self.figures_of(run)
+        return Record(
+            arm=trial.candidate.name, trial=trial.name, seed=trial.seed, status=run.state, epochs=len(run.rows),
+            best_epoch=int(found.get("epoch", 0)), note=run.note, settings=trial.candidate.settings,
+            figures={key: value for key, value in found.items() if key not in ("epoch", "seconds")},
+            improving=self._improving(run))
+
+    def _improving(self, run: Run) -> float:
+        """By how much the objective improved over the last three epochs, as a share."""
+        if run.state != "completed" or len(run.rows) < 4:
+            return 0.0
+        before, now = self.score(run, len(run.rows) - 3), self.score(run, len(run.rows))
+        known = math.isfinite(before) and math.isfinite(now)
+        return excess(before, now, self.spec.objective.direction) if known else 0.0
+
+    def _fit(self, run: Run, epoch: int | None = None) -> bool:
+        """Whether the rule's requirements hold (among the first ``epoch`` epochs)."""
+        found = self.figures_of(run, epoch)
+        return all((r.min is None or found.get(r.metric, -math.inf) >= r.min)
+                   and (r.max is None or found.get(r.metric, math.inf) <= r.max) for r in self.spec.decision.require)
