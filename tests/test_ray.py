@@ -150,6 +150,28 @@ def check_files(project: Project) -> None:
     assert min(smooth) >= 1
 
 
+def test_an_error_beside_the_training_itself_is_told_not_taken_for_a_dead_worker(tmp_path, monkeypatch):
+    """A checkpoint that lacks what going on from it takes, its row gone from the table."""
+    import torch
+
+    from autoenc.sweep.work import Task, work
+
+    monkeypatch.setenv("AUTOENC_CACHE", str(tmp_path / "cache"))
+    config = small_config(data__limit=40, train__epochs=2, train__patience=None)
+    task = Task(key="key", output=str(tmp_path), config=config.flat(), threads=1, device="cpu", measure=False)
+    first = work(task)
+    assert next(first)["epoch"] == 1
+    first.close()
+    folder = Store(tmp_path).open("key").folder
+    content = torch.load(folder / "latest.pt", weights_only=True)
+    del content["row"]
+    torch.save(content, folder / "latest.pt")
+    (folder / "metrics.csv").unlink()
+    (outcome,) = work(task)
+    assert outcome["outcome"] == "failed" and "KeyError" in outcome["note"]
+    assert "_recover" in (folder / "traceback.txt").read_text()
+
+
 def test_workers_on_one_trajectory_take_turns(tmp_path, monkeypatch):
     """One that is stopped, or waits for its next trial, holds nobody up, and no epoch is trained twice."""
     from autoenc.sweep.work import Task, work

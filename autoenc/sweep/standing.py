@@ -85,18 +85,19 @@ class Standing:
 
     def missing_figures(self, run: Run) -> list[str]:
         """Figures that the rule reads and that are computed after training, where they have not been yet."""
-        rule = self.spec.decision
-        asked = {self.spec.objective.metric, *(item.metric for item in (*rule.prefer, *rule.require))}
         row = best_row(run.rows, run.config)
         if row is None:                          # the monitored figure is undefined: there is no best model to measure
             return []
-        return sorted(asked & set(figures.AFTER_TRAINING) - set(run.trajectory.figures(int(row["epoch"]))))
+        return sorted(self._measured_after() - set(run.trajectory.figures(int(row["epoch"]))))
 
     def needs_measuring(self) -> bool:
         """Whether the rule reads figures that are computed after training."""
+        return bool(self._measured_after())
+
+    def _measured_after(self) -> set[str]:
         rule = self.spec.decision
         asked = {self.spec.objective.metric, *(item.metric for item in (*rule.prefer, *rule.require))}
-        return bool(asked & set(figures.AFTER_TRAINING))
+        return asked & set(figures.AFTER_TRAINING)
 
     def records(self) -> list[Record]:
         """What the decision reads: every trial as it ended."""

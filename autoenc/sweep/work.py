@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from filelock import FileLock
 
 from autoenc.config import Config, make_config
 from autoenc.errors import InputError
+from autoenc.files import write_atomic
 from autoenc.sweep.store import Store
 from autoenc.trajectory import Trajectory, best_row, divergence, own_end
 
@@ -63,6 +65,9 @@ def work(task: Task) -> Iterator[dict[str, Any]]:
         yield {"outcome": "broken", "note": f"{full}{error.filename or trajectory.folder}: {error.strerror or error}"}
     except InputError as error:
         yield {"outcome": "failed", "note": str(error)}
+    except Exception as error:                  # raised, it would pass for a dead worker and be tried again in silence
+        write_atomic(trajectory.folder / "traceback.txt", traceback.format_exc())
+        yield {"outcome": "failed", "note": f"{type(error).__name__}: {error}; see {trajectory.folder}/traceback.txt"}
 
 
 def _train(lock: FileLock, trajectory: Trajectory, config: Config, dataset: Any,
