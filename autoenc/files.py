@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -43,13 +44,17 @@ def write_atomic(path: str | os.PathLike, content: str | bytes | Callable[[Binar
 def append_line(path: str | os.PathLike, line: str) -> None:
     """Append one line with a single write, so that lines of several writers never mix.
 
-    A last line that lacks its end (a full disk, a kill) is ended first, so that only it is lost.
+    A last line that lacks its end (a kill) is ended first, so that only it is lost. Raises OSError where the line does
+    not fit on the disk; then the file is as it was.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         size = os.fstat(descriptor).st_size
         torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-        os.write(descriptor, b"\n" * torn + line.rstrip("\n").encode() + b"\n")
+        content = b"\n" * torn + line.rstrip("\n").encode() + b"\n"
+        if os.write(descriptor, content) < len(content):     # a disk that fills up takes a part and says nothing
+            os.ftruncate(descriptor, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(descriptor)
 

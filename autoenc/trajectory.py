@@ -15,7 +15,6 @@ Reading needs no torch; only training does.
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import math
@@ -24,22 +23,26 @@ import platform
 import shutil
 import socket
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoenc import figures
-from autoenc.config import Config
-from autoenc.files import append_line, content_hash, replacing, write_atomic
+from autoenc.config import Config, flatten, make_config
+from autoenc.errors import InputError
+from autoenc.files import content_hash, replacing, write_atomic
+from autoenc.table import Row, append_row, csv_text, parse_rows, read_text
 from autoenc.yamlfile import dump_yaml
 
 if TYPE_CHECKING:
     from autoenc.data import Dataset
     from autoenc.train import EpochResult
 
+RESUME_KINDS = {"optimizer": dict, "scaler": dict, "rows": list, "best": int}      # of latest.pt, beside the model's
 FORMAT = 1           # of trajectories; part of every key
-Row = dict[str, float]
 
 
 def trajectory_key(config: Config, fingerprint: str, device_kind: str) -> str:
@@ -75,20 +78,49 @@ def divergence(diverged: Mapping[str, Any]) -> str:
     return f"diverged at epoch {diverged['epoch']}, step {diverged['step']}: {diverged['what']} not finite"
 
 
+def failure(error: Exception, config: Config) -> str:
+    """What the training code raised, in a line; for memory that ran out, with what to change."""
+    first = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in first:
+        settings, where = config.train, "GPU memory" if "CUDA" in first else "memory"
+        return (f"out of {where} with train.batch_size {settings.batch_size} and model.base_channels "
+                f"{config.model.base_channels}: make one of them smaller, or train.precision bf16, or let fewer trials "
+                f"share a device (resources.gpus: 1) ({first})")
+    return first
+
+
+def _are_rows(rows: list[Any], epochs: int) -> bool:
+    """Whether these are the rows of so many epochs."""
+    return all(isinstance(row, dict) for row in rows) and len(parse_rows(csv_text(rows))) == len(rows) == epochs
+
+
+def _best_epoch(rows: Sequence[Row], config: Config) -> int:
+    """Of all epochs in the table, whatever the configuration's own end."""
+    values = [row.get(config.train.monitor, math.nan) for row in rows]
+    return figures.best_epoch(values, figures.MODES[config.train.monitor])
+
+
+class Superseded(Exception):
+    """Another one has taken this training over; raised by a ``guard``."""
+
+
 class Trajectory:
     """A training's folder. Constructing it touches nothing."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, warn: Callable[[str], None] = lambda text: None,
+                 guard: Callable[[], None] = lambda: None) -> None:
+        """``warn`` is told of broken files that were set aside; ``guard`` is called before an epoch is written, and
+        raises :class:`Superseded` where the right to write here was lost."""
+        self.folder, self.warn, self.guard = folder, warn, guard
 
     def rows(self) -> list[Row]:
         """The figures of all epochs so far, in order; what follows a broken line is left out."""
-        return _parse_rows(_read_text(self.folder / "metrics.csv"))
+        return parse_rows(read_text(self.folder / "metrics.csv"))
 
     def status(self) -> dict[str, Any]:
         """``state`` (training, completed, diverged, failed), epochs, best epoch, device, versions; {} where none is."""
         try:
-            status = json.loads(_read_text(self.folder / "status.json"))
+            status = json.loads(read_text(self.folder / "status.json"))
         except ValueError:
             return {}
         return status if isinstance(status, dict) else {}
@@ -105,14 +137,27 @@ class Trajectory:
         path = self._weights_path(epoch)
         return path if path.is_file() else None
 
+    def whole_weights(self, epoch: int) -> Path | None:
+        """The same, read to its end; a file that is broken is set aside."""
+        path = self.weights(epoch)
+        try:
+            if path is None or zipfile.ZipFile(path).testzip() is None:
+                return path
+        except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, zlib.error):
+            pass
+        self.warn(f"{path}: is broken; set aside, its weights are trained again")
+        path.replace(path.with_name(f"{path.name}.broken"))
+        return None
+
     def _weights_path(self, epoch: int) -> Path:
         return self.folder / f"best_epoch_{epoch:04d}.pt"          # named by its epoch: never mistaken for another
 
     def train(self, config: Config, dataset: Dataset, device: str) -> Iterator[Row]:
         """Train from where the folder stands to the configuration's end; yields each new epoch's row, once on disk.
 
-        A diverged training ends and says so in ``status``; so does one whose code raised (see traceback.txt).
-        Raises OSError where the folder cannot be written.
+        Where the checkpoint to go on from is lost or was thinned out, the epochs in the table are trained once more to
+        get there (their rows stay, and are yielded, too). A diverged training ends and says so in ``status``; so does
+        one whose code raised (see traceback.txt). Raises OSError where the folder cannot be written.
         """
         from tensorboardX import SummaryWriter
 
@@ -120,7 +165,7 @@ class Trajectory:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.folder / "config.yaml", dump_yaml({"config": config.nested()}))
-        rows, resume = self._recover()
+        rows, resume = self._recover(config)
         seconds = sum(row["seconds"] for row in rows)
         about = _about(config, device, dataset)
         before = self.status().get("state")
@@ -128,14 +173,19 @@ class Trajectory:
             if before == "training":                             # killed after the last epoch was stored
                 self._write_status(about, "completed", rows, config, seconds)
             return
-        # The best within a budget that has ended stays: a decision may rest on it. So do those kept before.
-        best = resume["best"] if resume else 0
-        spare = {best} if before != "completed" else set()
         self._write_status(about, "training", rows, config, seconds)
         events = SummaryWriter(logdir=str(self.folder / "tensorboard"))
         try:
+            if (resume["epoch"] if resume else 0) < len(rows):
+                for result in self._again(config, dataset, device, len(rows), resume):
+                    yield rows[result.epoch - 1]
+                resume = result.state() | {"rows": rows, "best": _best_epoch(rows, config)}
+                self._save_latest(resume)
+            # The best within a budget that has ended stays: a decision may rest on it. So do those kept before.
+            best = resume["best"] if resume else 0
+            spare = {best} if before != "completed" else set()
             for result in train(config, dataset, device=device, resume=resume, history=rows):
-                row = self._record(result, best)
+                row = self._record(result, rows, best)
                 if result.improved:
                     if best in spare:
                         self._weights_path(best).unlink(missing_ok=True)
@@ -151,25 +201,29 @@ class Trajectory:
         except Diverged as error:
             self._write_status(about, "diverged", rows, config, seconds, diverged={
                 "epoch": error.epoch, "step": error.step, "what": error.what})
-        except (OSError, GeneratorExit):
-            raise                                # the folder is gone or full, or the caller stopped here
+        except (OSError, Superseded, GeneratorExit):
+            raise                                # the folder is gone or full or another's, or the caller stopped here
         except Exception as error:
             write_atomic(self.folder / "traceback.txt", traceback.format_exc())
-            first = (str(error).strip().splitlines() or [""])[0]
-            self._write_status(about, "failed", rows, config, seconds, failed=f"{type(error).__name__}: {first}")
+            self._write_status(about, "failed", rows, config, seconds, failed=failure(error, config))
         finally:
             events.close()
 
     def restore_weights(self, config: Config, dataset: Dataset, device: str, epoch: int) -> Iterator[Row]:
         """Train the first epochs once more for the weights of one of them; its rows stand already. Yields each row."""
+        for result in self._again(config, dataset, device, epoch):
+            if result.epoch == epoch:
+                state = result.state()
+                self._save_best(state) if epoch == _best_epoch(self.rows(), config) else self._save_weights(state)
+            yield {"epoch": result.epoch, "seconds": result.seconds, **result.metrics}
+
+    def _again(self, config: Config, dataset: Dataset, device: str, epochs: int,
+               resume: Mapping[str, Any] | None = None) -> Iterator[EpochResult]:
+        """Train epochs that were trained before, whatever patience may say of them today."""
         from autoenc.train import train
 
-        for result in train(config, dataset, device=device):
-            if result.epoch == epoch:
-                self._save_weights(result.state())
-            yield {"epoch": result.epoch, "seconds": result.seconds, **result.metrics}
-            if result.epoch == epoch:
-                return
+        settings = config.train.model_copy(update={"epochs": epochs, "patience": None})
+        yield from train(config.model_copy(update={"train": settings}), dataset, device=device, resume=resume)
 
     def measure(self, config: Config, dataset: Dataset, device: str, epoch: int) -> Row:
         """Compute and keep the figures that need the finished model of an epoch (its weights must be kept)."""
@@ -188,59 +242,71 @@ class Trajectory:
 
     def _all_figures(self) -> dict[str, Any]:
         try:
-            content = json.loads(_read_text(self.folder / "figures.json"))
+            content = json.loads(read_text(self.folder / "figures.json"))
         except ValueError:
             return {}
         return content if isinstance(content, dict) else {}
 
-    def _recover(self) -> tuple[list[Row], dict[str, Any] | None]:
-        """The rows and the checkpoint to go on from, brought to the same epoch."""
-        from autoenc.checkpoint import read_checkpoint
-
-        rows = self.rows()
-        latest = self.folder / "latest.pt"
-        checkpoint = None
-        if latest.is_file():
-            try:
-                checkpoint = read_checkpoint(latest)
-            except Exception:
-                latest.replace(self.folder / "latest.pt.broken")
-        epoch = checkpoint["epoch"] if checkpoint else 0
-        if checkpoint and epoch == len(rows) + 1:            # killed between the checkpoint and its row
-            rows.append(checkpoint["row"])
-        if epoch > len(rows):                                # rows are missing: nothing to go on from
-            checkpoint, epoch = None, 0
-        rows = rows[:epoch]
-        if rows != self.rows() or (rows and not _read_text(self.folder / "metrics.csv").endswith("\n")):
-            write_atomic(self.folder / "metrics.csv", csv_text(rows))
-        if checkpoint and checkpoint["best"] == epoch:
+    def _recover(self, config: Config) -> tuple[list[Row], dict[str, Any] | None]:
+        """The rows, and the checkpoint to go on from. latest.pt is written first and holds all rows up to its epoch, so
+        whatever else lags or is broken is made from it; what it lacks itself is set aside."""
+        rows, checkpoint = self.rows(), self._read_latest(config)
+        stored = len(rows)
+        if checkpoint is not None:
+            rows = [*checkpoint["rows"], *rows[checkpoint["epoch"]:]]
+        path = self.folder / "metrics.csv"
+        there, whole = read_text(path), csv_text(rows)
+        if there != whole:
+            if len(rows) > stored + 1 or not whole.startswith(there):        # a kill leaves less than a row to do
+                self.warn(f"{path}: broken after epoch {stored}; " + (
+                    "written anew from latest.pt" if len(rows) > stored else "what follows is dropped"))
+            write_atomic(path, whole)
+        if checkpoint is not None and checkpoint["best"] == checkpoint["epoch"]:
             self._save_best(checkpoint)                      # it may have been killed before these followed
         return rows, checkpoint
 
-    def _record(self, result: EpochResult, best: int) -> Row:
-        """Put an epoch on disk: the checkpoint first, so that a kill at any point loses nothing of it."""
-        from autoenc.checkpoint import save_checkpoint
+    def _read_latest(self, config: Config) -> dict[str, Any] | None:
+        from autoenc.checkpoint import read_checkpoint
 
+        path = self.folder / "latest.pt"
+        if not path.is_file():
+            return None
+        try:
+            content = read_checkpoint(path)
+            wrong = [key for key, kind in RESUME_KINDS.items() if not isinstance(content.get(key), kind)]
+            if wrong or not _are_rows(content["rows"], content["epoch"]):
+                raise InputError(f"{path}: {', '.join(wrong) or 'rows'}: not what going on from it takes")
+            if make_config(flatten(content["config"], str(path)), str(path)).identity() != config.identity():
+                raise InputError(f"{path}: config: is another training's")
+        except InputError as error:
+            path.replace(self.folder / "latest.pt.broken")
+            self.warn(f"{error}; set aside as latest.pt.broken, its epochs are trained again")
+            return None
+        return content
+
+    def _record(self, result: EpochResult, before: list[Row], best: int) -> Row:
+        """Put an epoch on disk: the checkpoint first, so that a kill at any point loses nothing of it."""
         row: Row = {"epoch": result.epoch, "seconds": round(result.seconds, 4), **result.metrics}
-        state = result.state() | {"row": row, "best": result.epoch if result.improved else best}
-        save_checkpoint(self.folder / "latest.pt", state)
-        path = self.folder / "metrics.csv"
-        header = _header(_read_text(path))
-        if header and set(row) <= set(header):
-            append_line(path, _line(row, header))
-        else:                                                # the first row, or figures that an older version lacked
-            write_atomic(path, csv_text([*self.rows(), row]))
+        state = result.state() | {"rows": [*before, row], "best": result.epoch if result.improved else best}
+        self._save_latest(state)
+        append_row(self.folder / "metrics.csv", row)
         if result.improved:
             self._save_best(state)
         if result.samples is not None:
             self._save_samples(result)
         return row
 
+    def _save_latest(self, state: dict[str, Any]) -> None:
+        from autoenc.checkpoint import save_checkpoint
+
+        self.guard()
+        save_checkpoint(self.folder / "latest.pt", state)
+
     def _save_weights(self, state: dict[str, Any]) -> Path:
         from autoenc.checkpoint import model_checkpoint, save_checkpoint
 
         path = self._weights_path(state["epoch"])
-        save_checkpoint(path, model_checkpoint({k: v for k, v in state.items() if k not in ("row", "best")}))
+        save_checkpoint(path, model_checkpoint({k: v for k, v in state.items() if k not in ("rows", "best")}))
         return path
 
     def _save_best(self, state: dict[str, Any]) -> None:
@@ -277,42 +343,3 @@ def _about(config: Config, device: str, dataset: Dataset) -> dict[str, Any]:
             "threads": torch.get_num_threads(), "host": socket.gethostname(), "data": dataset.fingerprint,
             "versions": {"autoenc": version("autoenc"), "torch": torch.__version__,
                          "python": platform.python_version()}}
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, NotADirectoryError):
-        return ""
-
-
-def _header(text: str) -> list[str]:
-    return next(csv.reader([text.split("\n", 1)[0]]), [])
-
-
-def _parse_rows(text: str) -> list[Row]:
-    lines = text.split("\n")
-    header = _header(text)
-    if header[:2] != ["epoch", "seconds"]:
-        return []
-    rows: list[Row] = []
-    for cells in csv.reader(lines[1:-1]):                    # a last line without its end may lack digits: it is none
-        try:
-            row = {name: float(cell) for name, cell in zip(header, cells, strict=True) if cell != ""}
-        except ValueError:
-            break
-        if row.get("epoch") != len(rows) + 1 or "seconds" not in row:
-            break
-        rows.append(row | {"epoch": len(rows) + 1})
-    return rows
-
-
-def _line(row: Row, header: Sequence[str]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="").writerow([repr(row[name]) if name in row else "" for name in header])
-    return text.getvalue()
-
-
-def csv_text(rows: Sequence[Row]) -> str:
-    header = list(dict.fromkeys(name for row in rows for name in row))
-    return "\n".join([",".join(header), *(_line(row, header) for row in rows), ""]) if rows else ""

@@ -16,7 +16,8 @@ from autoenc.sweep.inherit import arm_candidates, load_chain, starting_point
 from autoenc.sweep.race import Race
 from autoenc.sweep.standing import Run
 from autoenc.sweep.store import Store, SweepFolder
-from autoenc.trajectory import Trajectory, csv_text, divergence, own_end, trajectory_key
+from autoenc.table import csv_text
+from autoenc.trajectory import Trajectory, divergence, own_end, trajectory_key
 
 KNOB = "train.weight_decay"            # what the arms of these tests vary: any setting that is part of the identity
 Curve = Callable[[Config], Sequence[Any]]

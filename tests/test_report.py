@@ -22,7 +22,8 @@ from autoenc.sweep.inherit import Winner
 from autoenc.sweep.race import Race
 from autoenc.sweep.report import number, render, write_report
 from autoenc.sweep.store import Store
-from autoenc.trajectory import csv_text, trajectory_key
+from autoenc.table import csv_text
+from autoenc.trajectory import trajectory_key
 from autoenc.yamlfile import dump_yaml
 
 GOOD = [0.5, 0.4, 0.3, 0.2, 0.1]

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from autoenc.checkpoint import load_model, read_checkpoint
 from autoenc.errors import InputError
-from autoenc.trajectory import Trajectory, best_row, csv_text, own_end, trajectory_key
+from autoenc.table import csv_text
+from autoenc.trajectory import Superseded, Trajectory, best_row, own_end, trajectory_key
 
 torch.set_num_threads(1)
 
@@ -209,18 +210,94 @@ def test_a_row_half_written_is_written_again(stages, whole, tmp_path, cut):
     check_same(trajectory, whole)
 
 
-@pytest.mark.parametrize("name, content", [("latest.pt", b""), ("latest.pt", b"half a checkpoint"), ("latest.pt", None),
-                                           ("metrics.csv", b""), ("metrics.csv", b"a,b\n1,2\n"), ("metrics.csv", None)])
-def test_without_a_checkpoint_or_its_rows_it_is_trained_anew(stages, whole, tmp_path, name, content):
+@pytest.mark.parametrize("content", [b"", b"half a checkpoint", None])
+def test_without_a_checkpoint_its_epochs_are_trained_again(stages, whole, tmp_path, content):
+    """The rows stay as they were, and only those epochs are trained that lead there."""
     folder = Path(shutil.copytree(stages[1], tmp_path / "t"))
-    (folder / name).unlink()
+    rows, warnings = (folder / "metrics.csv").read_text(), []
+    (folder / "latest.pt").unlink()
     if content is not None:
-        (folder / name).write_bytes(content)
-    trajectory = Trajectory(folder)
+        (folder / "latest.pt").write_bytes(content)
+    trajectory = Trajectory(folder, warn=warnings.append)
     assert [row["epoch"] for row in trajectory.train(config_of(), DATASET, "cpu")] == [1, 2, 3, 4]
     check_same(trajectory, whole)
-    if name == "latest.pt" and content is not None:
-        assert (folder / "latest.pt.broken").read_bytes() == content
+    assert (folder / "metrics.csv").read_text().startswith(rows)
+    if content is None:
+        assert warnings == []
+    else:
+        assert (folder / "latest.pt.broken").read_bytes() == content and "latest.pt.broken" in warnings[0]
+
+
+@pytest.mark.parametrize("content", [b"", b"a,b\n1,2\n", b"epoch,seconds\n1,\x00\n", b"\xff" * 300_000, None])
+def test_a_broken_table_is_made_anew_from_the_checkpoint(stages, whole, tmp_path, content):
+    folder, warnings = Path(shutil.copytree(stages[1], tmp_path / "t")), []
+    (folder / "metrics.csv").unlink()
+    if content is not None:
+        (folder / "metrics.csv").write_bytes(content)
+    trajectory = Trajectory(folder, warn=warnings.append)
+    assert [row["epoch"] for row in trajectory.train(config_of(), DATASET, "cpu")] == [3, 4]
+    check_same(trajectory, whole)
+    assert len(warnings) == 1 and "metrics.csv" in warnings[0]
+
+
+@pytest.mark.parametrize("lost", [("latest.pt",), ("latest.pt", "best.pt", "best_epoch_0003.pt")])
+def test_a_thinned_training_can_be_lengthened(whole, tmp_path, lost):
+    """Its epochs are trained again for their checkpoint; a kill meanwhile costs no row."""
+    folder = Path(shutil.copytree(whole.folder, tmp_path / "t"))
+    before = (folder / "metrics.csv").read_text()
+    for name in lost:
+        (folder / name).unlink()
+    trajectory = Trajectory(folder)
+    again = trajectory.train(config_of(EPOCHS + 2), DATASET, "cpu")
+    assert next(again) == trajectory.rows()[0]
+    again.close()
+    assert (folder / "metrics.csv").read_text() == before and not (folder / "latest.pt").exists()
+    assert [row["epoch"] for row in trajectory.train(config_of(EPOCHS + 2), DATASET, "cpu")] == [*range(1, EPOCHS + 3)]
+    longer = train(tmp_path / "longer", EPOCHS + 2)
+    assert figures(trajectory) == figures(longer) and same_weights(folder / "latest.pt", longer.folder / "latest.pt")
+    assert (folder / "metrics.csv").read_text().startswith(before)
+
+
+def test_a_checkpoint_of_another_version_is_set_aside(stages, whole, tmp_path):
+    folder, warnings = Path(shutil.copytree(stages[1], tmp_path / "t")), []
+    content = torch.load(folder / "latest.pt", weights_only=True)
+    torch.save(content | {"format": 2}, folder / "latest.pt")
+    trajectory = Trajectory(folder, warn=warnings.append)
+    assert [row["epoch"] for row in trajectory.train(config_of(), DATASET, "cpu")] == [1, 2, 3, 4]
+    check_same(trajectory, whole)
+    assert "format: 2" in warnings[0]
+
+
+@pytest.mark.parametrize("rows", [None, [], [1, 2], [{}, {}], "ab"])
+def test_a_checkpoint_whose_rows_are_none_is_set_aside(stages, whole, tmp_path, rows):
+    folder, warnings = Path(shutil.copytree(stages[1], tmp_path / "t")), []
+    torch.save(torch.load(folder / "latest.pt", weights_only=True) | {"rows": rows}, folder / "latest.pt")
+    trajectory = Trajectory(folder, warn=warnings.append)
+    assert [row["epoch"] for row in trajectory.train(config_of(), DATASET, "cpu")] == [1, 2, 3, 4]
+    check_same(trajectory, whole)
+    assert "rows: not what going on from it takes" in warnings[0]
+
+
+def test_a_checkpoint_of_another_training_is_set_aside(stages, whole, tmp_path):
+    folder, warnings = Path(shutil.copytree(stages[1], tmp_path / "t")), []
+    train(tmp_path / "other", train__learning_rate=0.05)
+    shutil.copy(tmp_path / "other" / "latest.pt", folder / "latest.pt")
+    trajectory = Trajectory(folder, warn=warnings.append)
+    assert [row["epoch"] for row in trajectory.train(config_of(), DATASET, "cpu")] == [1, 2, 3, 4]
+    check_same(trajectory, whole)
+    assert "another training" in warnings[0]
+
+
+def test_nothing_is_written_once_the_right_to_is_lost(stages, tmp_path):
+    def guard() -> None:
+        raise Superseded
+
+    folder = Path(shutil.copytree(stages[1], tmp_path / "t"))
+    before = {path: path.read_bytes() for path in folder.glob("*.pt")} | {
+        folder / "metrics.csv": (folder / "metrics.csv").read_bytes()}
+    with pytest.raises(Superseded):
+        list(Trajectory(folder, guard=guard).train(config_of(), DATASET, "cpu"))
+    assert before == {path: path.read_bytes() for path in before}
 
 
 def test_a_truncated_checkpoint_is_set_aside(stages, whole, tmp_path):

@@ -10,11 +10,12 @@ from typing import Any
 
 from autoenc.files import write_atomic
 from autoenc.sweep.decide import concession
-from autoenc.sweep.inherit import Winner, parent_hashes
+from autoenc.sweep.inherit import Winner, parent_hashes, winner_hash
 from autoenc.sweep.race import Race
 from autoenc.sweep.standing import Trial
 from autoenc.sweep.store import SweepFolder, copy_into
-from autoenc.trajectory import FORMAT, csv_text
+from autoenc.table import csv_text
+from autoenc.trajectory import FORMAT
 from autoenc.yamlfile import dump_yaml
 
 PACKAGES = ("autoenc", "torch", "ray", "optuna", "numpy")
@@ -33,7 +34,7 @@ def provenance(race: Race, decision: Mapping[str, Any], parent: Winner | None, f
     status = trial.run.trajectory.status()
     return {
         "format": FORMAT, "sweep": race.spec.name, "arm": decision["winner"], "trial": trial.name,
-        "trajectory": trial.run.key,
+        "trajectory": trial.run.key, "hash": winner_hash(trial.run.config.flat()),
         "scores": {"metric": race.spec.objective.metric, "score": row["score"], "se": row["se"], "seeds": row["seeds"],
                    "best_epoch": int(race.figures_of(trial.run)["epoch"])},
         "concessions": {**(dict(parent.provenance.get("concessions") or {}) if parent else {}),
@@ -47,12 +48,12 @@ def provenance(race: Race, decision: Mapping[str, Any], parent: Winner | None, f
 
 def missing_weights(race: Race, decision: Mapping[str, Any]) -> tuple[Trial, int] | None:
     """The winner's trial and its best epoch, where the weights of that epoch are not kept (the store went on beyond
-    this sweep's budget, or was thinned)."""
+    this sweep's budget, or they were given up, or are broken)."""
     trial = winning_trial(race, decision)
     if trial is None:
         return None
     epoch = int(race.figures_of(trial.run)["epoch"])
-    return (trial, epoch) if trial.run.trajectory.weights(epoch) is None else None
+    return (trial, epoch) if trial.run.trajectory.whole_weights(epoch) is None else None
 
 
 def export(race: Race, decision: Mapping[str, Any], parent: Winner | None, fingerprint: str,
@@ -84,3 +85,10 @@ def _export_samples(source: Path, target: Path, epochs: int) -> None:
 def withdraw(folder: SweepFolder) -> None:
     """A sweep without a winner leaves no best_config.yaml."""
     (folder.path / "best_config.yaml").unlink(missing_ok=True)
+
+
+def set_broken_aside(folder: SweepFolder) -> None:
+    """A best_config.yaml that cannot be read gives way to a new one, and is kept for whoever changed it."""
+    path = folder.path / "best_config.yaml"
+    if path.exists():
+        path.replace(path.with_name("best_config.yaml.broken"))

@@ -15,7 +15,8 @@ from autoenc.sweep.asha import Stop, excess
 from autoenc.sweep.decide import Record
 from autoenc.sweep.inherit import Candidate
 from autoenc.sweep.spec import Spec
-from autoenc.trajectory import Row, Trajectory, best_row, own_end
+from autoenc.table import Row
+from autoenc.trajectory import Trajectory, best_row, own_end
 
 ENDED = ("completed", "stopped", "diverged", "failed")
 
@@ -45,6 +46,12 @@ class Run:
     def at_end(self) -> bool:
         """Whether its rows reach the end of its budget or patience."""
         return own_end(self.rows, self.config) is not None
+
+    @property
+    def pace(self) -> float | None:
+        """Seconds an epoch, on average."""
+        seconds = [row["seconds"] for row in self.rows if row["seconds"] > 0]
+        return sum(seconds) / len(seconds) if seconds else None
 
     def read(self) -> None:
         """Take over the epochs that the store has beyond those known, as far as they are this run's."""
