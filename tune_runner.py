@@ -20,10 +20,12 @@ from rich.console import Console
 from autoenc import data
 from autoenc.config import DataConfig
 from autoenc.errors import InputError, command, did_you_mean
-from autoenc.sweep import export, inherit, live, plan
-from autoenc.sweep.phase import Phase, conclude, decide_race, device_kind, open_phase, survey
+from autoenc.interrupts import Deadline, limited
+from autoenc.sweep import doors, export, inherit, live, plan, walltime
+from autoenc.sweep.phase import Phase, conclude, decide_race, device_kind, open_phase, standing_decision, survey
 from autoenc.sweep.race import Race
 from autoenc.sweep.spec import Spec
+from autoenc.sweep.thin import StoreBudget
 
 if TYPE_CHECKING:
     from autoenc.sweep.run_ray import Cluster
@@ -43,11 +45,13 @@ def main(arguments: list[str]) -> int:
     specs = in_order(chains)
     check_output(output)
 
+    limit = walltime.time_left(options.wall_time)
     if options.dry_run:
         return dry_run(console, specs, output)
     check_data(specs)
-    runner = Runner(options, console, output, specs)
-    with runner.stack:
+    with ExitStack() as stack:
+        deadline = stack.enter_context(limited(limit.seconds, limit.source)) if limit else None
+        runner = Runner(options, console, output, specs, stack, deadline)
         survey(specs, output, runner.dataset)   # what does not fit the data shows before the first phase is trained
         for spec in specs:
             if not runner.run(spec, spec.name in named):
@@ -65,6 +69,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
                         help="override one setting, for all sweeps that run or for one; repeatable")
     parser.add_argument("--address", default=os.environ.get("RAY_ADDRESS"), metavar="ADDR",
                         help="Ray cluster to join (default: $RAY_ADDRESS, else a local one is started, and ended)")
+    parser.add_argument("--insecure", action="store_true", help="join a Ray cluster that demands no token, too")
+    parser.add_argument("--dashboard-host", default="127.0.0.1", metavar="HOST",
+                        help="where the dashboard of a Ray that is started here listens (default: 127.0.0.1)")
+    parser.add_argument("--wall-time", metavar="MINUTES",
+                        help="end in order, to be gone on with, before so much time is over (a Slurm or LSF job's own "
+                             "limit is read where it can be)")
     parser.add_argument("--no-upstream", action="store_true", help="do not run missing or stale upstream sweeps")
     parser.add_argument("--fresh", action="store_true",
                         help="move the named sweeps' results and trajectories aside and train them anew")
@@ -106,7 +116,7 @@ def check_data(specs: list[Spec]) -> None:
 def dry_run(console: Console, specs: list[Spec], output: Path) -> int:
     check_data(specs)
     phases = survey(specs, output, data.cached)
-    plan.show_chain(console, [(p.spec, p.reasons, inherit.read_winner(output / p.spec.name)) for p in phases])
+    plan.show_chain(console, [(p.spec, p.reasons, p.winner) for p in phases])
     for phase in phases:
         start_known = phase.parent is not None or phase.spec.inherits is None
         show_plan(console, phase, phase.race(device_kind(phase.spec)) if phase.dataset and start_known else None)
@@ -120,15 +130,19 @@ def show_plan(console: Console, phase: Phase, race: Race | None, cluster: Cluste
     pace = phase.store.seconds_per_epoch([run.key for run in race.runs.values()]) if race else None
     slots = cluster.share(phase.spec.resources, len(race.runs))[2] if race and cluster else None
     words = plan.data_in_words(phase.dataset) if phase.dataset else ""
-    plan.show_plan(console, phase.spec, phase.arms, phase.parent, race, slots, pace, words, phase.reasons)
+    if race:
+        plan.check_space(phase.spec, race, slots or 1, phase.output)
+    plan.show_plan(console, phase.spec, phase.arms, phase.parent, race, slots, pace, words, phase.reasons,
+                   plan.free_space(phase.output))
 
 
 class Runner:
     """Runs one sweep after another; Ray is started when the first of them needs it, and once."""
 
-    def __init__(self, options: argparse.Namespace, console: Console, output: Path, specs: list[Spec]) -> None:
+    def __init__(self, options: argparse.Namespace, console: Console, output: Path, specs: list[Spec],
+                 stack: ExitStack, deadline: Deadline | None) -> None:
         self.options, self.console, self.output, self.specs = options, console, output, specs
-        self.stack = ExitStack()
+        self.stack, self.deadline = stack, deadline
         self.cluster: Cluster | None = None
         self.datasets: dict[str, Any] = {}
 
@@ -166,6 +180,9 @@ class Runner:
             folder.emit(event="decided", winner=decision["winner"])
             winner = inherit.read_winner(folder.path)
             files.append(self.report(phase, race, decision, winner))
+            if said := StoreBudget(self.output, spec.name, spec.resources.store_gb).keep(lambda: decision,
+                                                                                         emit=folder.emit):
+                self.console.print(f"! {said}", style="yellow", soft_wrap=True)
         plan.show_decision(self.console, race, decision, winner, files)
         return decision["winner"] is not None
 
@@ -174,7 +191,8 @@ class Runner:
         from autoenc.sweep import run_ray
 
         progress = live.Progress(self.console, race, self.cluster.share(phase.spec.resources, len(race.runs))[2])
-        linked = len(race.trials)
+        linked, budget = len(race.trials), StoreBudget(self.output, phase.spec.name, phase.spec.resources.store_gb)
+        ended = {run.id for run in race.runs.values() if run.ended}
 
         def changed() -> None:
             nonlocal linked
@@ -182,17 +200,22 @@ class Runner:
             if len(race.trials) != linked:
                 phase.folder.link_trials(race)
                 linked = len(race.trials)
+            for run in [run for run in race.runs.values() if run.ended and run.id not in ended]:
+                ended.add(run.id)
+                if said := budget.keep(lambda: standing_decision(race), run.key, phase.folder.emit):
+                    progress.say(said)
 
         self.console.print()
         try:
             with progress.shown():
-                run_ray.run(race, self.cluster, folder=phase.folder.path, output=self.output, changed=changed)
+                run_ray.run(race, self.cluster, folder=phase.folder.path, output=self.output, deadline=self.deadline,
+                            changed=changed, say=progress.say)
         finally:
             phase.folder.write_trials(race)
 
     def stand(self, phase: Phase, named: bool) -> bool:
         """An unchanged, decided sweep: its tables are written from the store again, nothing is trained."""
-        winner = inherit.read_winner(phase.folder.path)
+        winner = phase.winner
         race = phase.race((winner.provenance.get("device") or {}).get("device") or device_kind(phase.spec))
         if not race.idle:                       # trajectories were removed since: what stands is left as it is
             self.console.print(f"{phase.spec.name}: stands, winner {winner.provenance['arm']}")
@@ -222,10 +245,16 @@ class Runner:
         """Start Ray, or join the cluster asked for, and see that every sweep's trials fit it."""
         if self.cluster is not None:
             return
-        with self.console.status("starting Ray …" if not self.options.address else "joining Ray …"):
-            from autoenc.sweep import run_ray
+        address, insecure = self.options.address, self.options.insecure
+        with self.console.status("joining Ray …" if address else "starting Ray …"):
+            if address in (None, "", "local"):
+                address = None
+                doors.prepare_local(insecure=insecure)
+            else:
+                address = doors.knock(address, insecure=insecure)
+            from autoenc.sweep import run_ray  # only now: Ray reads how to authenticate when it is imported
 
-            self.cluster = self.stack.enter_context(run_ray.cluster(self.options.address))
+            self.cluster = self.stack.enter_context(run_ray.cluster(address, self.options.dashboard_host))
         for spec in self.specs:
             try:
                 self.cluster.share(spec.resources, 1)

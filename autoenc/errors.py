@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable
+
+from autoenc.interrupts import interrupted_by, take_signals
 
 
 class InputError(Exception):
@@ -27,6 +30,7 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
 def command(main: Callable[[list[str]], int]) -> None:
     """Run a command's ``main(arguments)`` and end the process with the exit codes all commands share:
     2 for wrong input, told in one message without a traceback; 130 when interrupted."""
+    take_signals()
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
@@ -34,7 +38,9 @@ def command(main: Callable[[list[str]], int]) -> None:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        print("interrupted: what was done is kept; the same command goes on from here", file=sys.stderr)
+        reason = interrupted_by()
+        print(f"interrupted{f' ({reason})' if reason else ''}: what was done is kept; go on with the same command: "
+              f"{shlex.join(sys.orig_argv)}", file=sys.stderr)
         code = 130
     except BrokenPipeError:
         code = _reader_left()

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,8 @@ def test_two_phases_from_the_command(tmp_path, ray_folder):
 
     trials = project.trials("second_vae")
     assert {name: (row["status"], row["epochs"], row["epochs_trained"]) for name, row in trials.items()} == {
-        "V1_seed42": ("completed", "2", "0"), "V2_seed42": ("completed", "2", "2")}       # first_size trained V1
+        # first_size trained V1, for an epoch more; the weights to measure within two epochs are not those it kept
+        "V1_seed42": ("completed", "2", "2"), "V2_seed42": ("completed", "2", "2")}
     assert {row["epochs_trained"] for row in project.trials("first_size").values()} == {"3"}
     assert sorted(project.stored().values()) == [2, 3, 3]
 
@@ -151,25 +153,27 @@ def check_files(project: Project) -> None:
 
 
 def test_an_error_beside_the_training_itself_is_told_not_taken_for_a_dead_worker(tmp_path, monkeypatch):
-    """A checkpoint that lacks what going on from it takes, its row gone from the table."""
-    import torch
-
+    """And weights that are broken are had again: theirs are the only epochs trained."""
     from autoenc.sweep.work import Task, work
 
     monkeypatch.setenv("AUTOENC_CACHE", str(tmp_path / "cache"))
     config = small_config(data__limit=40, train__epochs=2, train__patience=None)
-    task = Task(key="key", output=str(tmp_path), config=config.flat(), threads=1, device="cpu", measure=False)
-    first = work(task)
-    assert next(first)["epoch"] == 1
-    first.close()
+    task = Task(key="key", output=str(tmp_path), config=config.flat(), threads=1, device="cpu", measure=True)
     folder = Store(tmp_path).open("key").folder
-    content = torch.load(folder / "latest.pt", weights_only=True)
-    del content["row"]
-    torch.save(content, folder / "latest.pt")
-    (folder / "metrics.csv").unlink()
-    (outcome,) = work(task)
-    assert outcome["outcome"] == "failed" and "KeyError" in outcome["note"]
-    assert "_recover" in (folder / "traceback.txt").read_text()
+    *epochs, outcome = work(task)
+    assert [said["epoch"] for said in epochs] == [1, 2] and outcome == {"outcome": "completed"}
+    (folder / "figures.json").unlink()
+    (outcome,) = work(replace(task, device="nowhere"))
+    assert outcome["outcome"] == "failed" and "RuntimeError" in outcome["note"]
+    assert "measure" in (folder / "traceback.txt").read_text()
+
+    (folder / "latest.pt").unlink()
+    (weights,) = folder.glob("best_epoch_*.pt")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1000] + bytes(1000))
+    warning, *epochs, outcome = work(task)
+    assert "is broken; set aside" in warning["warning"] and outcome == {"outcome": "completed"}
+    assert all("row" not in said for said in epochs) and weights.read_bytes() == whole
 
 
 def test_workers_on_one_trajectory_take_turns(tmp_path, monkeypatch):

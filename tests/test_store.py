@@ -131,7 +131,8 @@ def test_one_writer_at_a_time(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert other.stdout.readline() == b"held\n"
-        with pytest.raises(InputError, match="toy: another run"), SweepFolder(tmp_path, "toy").writing():
+        held = pytest.raises(InputError, match=f"toy: process {other.pid} on .* is writing here")
+        with held, SweepFolder(tmp_path, "toy").writing():
             pass
         with SweepFolder(tmp_path, "other").writing(), pytest.raises(Timeout):
             Store(tmp_path).lock("key").acquire(timeout=0)

@@ -243,7 +243,10 @@ def read_winner(folder: Path) -> Winner | None:
         if not isinstance(provenance.get(key, {}), Mapping):
             raise InputError(f"{path}: provenance: {key}: {shown(provenance[key])} should be a mapping")
     settings = flatten(content["config"], f"{path}: config")
-    return Winner(folder.name, make_config(settings, str(path)).flat(), provenance)
+    winner = Winner(folder.name, make_config(settings, str(path)).flat(), provenance)
+    if provenance.get("hash", winner.hash) != winner.hash:
+        raise InputError(f"{path}: config: was changed by hand: a winner is chosen in the sweep file (decision: pick)")
+    return winner
 
 
 def stale_reasons(spec: Spec, winner: Winner | None, parent: Winner | None, fingerprint: str | None) -> list[str]:

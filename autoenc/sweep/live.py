@@ -13,7 +13,6 @@ from rich.table import Table
 
 from autoenc.sweep.plan import duration
 from autoenc.sweep.race import Race
-from autoenc.sweep.standing import Run
 
 STYLES = {"running": "cyan", "completed": "green", "stopped": "yellow", "diverged": "red", "failed": "red",
           "waiting": "dim"}
@@ -38,6 +37,10 @@ class Progress:
         with Live(console=self.console, refresh_per_second=4, get_renderable=self.table, transient=False) as self._live:
             yield
 
+    def say(self, text: str) -> None:
+        """A line that stays, above the table."""
+        self.console.print(f"! {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
     def update(self) -> None:
         if self._live is None:
             for line in self._news():
@@ -52,7 +55,7 @@ class Progress:
             table.add_column(column, justify=justify)
         for trial in self._on_screen():
             run = trial.run
-            score, pace = self.race.score(run), _pace(run)
+            score, pace = self.race.score(run), run.pace
             left = pace * (run.config.train.epochs - len(run.rows)) if run.state == "running" and pace else None
             table.add_row(
                 trial.name, f"[{STYLES[run.state]}]{run.state}[/]", f"{len(run.rows)}/{run.config.train.epochs}",
@@ -76,12 +79,12 @@ class Progress:
                 + (f", about {duration(left)} left" if left else ""))
 
     def _time_left(self) -> float | None:
-        paces = [pace for run in self.race.runs.values() if (pace := _pace(run))]
+        paces = [pace for run in self.race.runs.values() if (pace := run.pace)]
         if not paces:
             return None
         average = sum(paces) / len(paces)
         open_runs = [run for run in self.race.runs.values() if not run.ended]
-        work = sum((run.config.train.epochs - len(run.rows)) * (_pace(run) or average) for run in open_runs)
+        work = sum((run.config.train.epochs - len(run.rows)) * (run.pace or average) for run in open_runs)
         return work / self.slots
 
     def _news(self) -> Iterator[str]:
@@ -102,8 +105,3 @@ class Progress:
                 state += f": {run.note}" if run.note and run.ended else ""
                 eta = f"  (about {duration(left)} left)" if left and not run.ended else ""
                 yield f"{trial.name:<16} epoch {len(run.rows):>3}/{run.config.train.epochs}{figure}{state}{eta}"
-
-
-def _pace(run: Run) -> float | None:
-    seconds = [row["seconds"] for row in run.rows if row["seconds"] > 0]
-    return sum(seconds) / len(seconds) if seconds else None

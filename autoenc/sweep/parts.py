@@ -125,6 +125,9 @@ class Asha(Section):
 class Resources(Section):
     cpus: Annotated[int, Field(ge=1, le=100_000)] = 1
     gpus: Annotated[float | Literal["auto"], BeforeValidator(_gpus)] = "auto"
+    store_gb: Annotated[float | None, Field(gt=0), BeforeValidator(lambda value: None if value == "none" else value)] \
+        = 20.0
+    """how large the store may get before checkpoints of trials that lost give way, 10⁹ bytes; none: without limit"""
 
 
 PARTS: dict[str, type[Section]] = {"search": Search, "asha": Asha, "objective": Measured, "decision": Decision,

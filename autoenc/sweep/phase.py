@@ -34,6 +34,8 @@ class Phase:
     arms: list[Candidate]
     dataset: Dataset | None            # None: not decoded yet (only in a dry run)
     reasons: list[str] = field(default_factory=list)       # why it must run; empty: its result stands
+    winner: Winner | None = None       # of its last run
+    broken: bool = False               # there is a best_config.yaml, but it cannot be read
 
     @property
     def folder(self) -> SweepFolder:
@@ -89,9 +91,13 @@ def open_phase(spec: Spec, output: Path, dataset_of: Callable[[DataConfig], Data
                 check_heads(candidate.config, len(dataset.classes), len(dataset.label_names))
             except InputError as error:
                 raise InputError(f"{spec.path}: {candidate.name}: {error}") from None
-    winner = inherit.read_winner(output / spec.name)
-    reasons = inherit.stale_reasons(spec, winner, parent, dataset.fingerprint if dataset else None)
-    return Phase(spec, output, parent, start, arms, dataset, reasons)
+    try:
+        winner, broken = inherit.read_winner(output / spec.name), ""
+    except InputError as error:                  # decided anew, out of the store
+        winner, broken = None, str(error)
+    reasons = [broken] if broken else inherit.stale_reasons(spec, winner, parent,
+                                                            dataset.fingerprint if dataset else None)
+    return Phase(spec, output, parent, start, arms, dataset, reasons, winner, bool(broken))
 
 
 def _ends(spec: Spec, start: dict[str, Any]) -> Iterator[Candidate]:
@@ -107,11 +113,22 @@ def decide_race(race: Race) -> dict[str, Any]:
     return decide(race.records(), order, race.spec.objective, race.spec.decision)
 
 
+def standing_decision(race: Race) -> dict[str, Any]:
+    """The decision as if the race ended now; whoever could still win is told as good."""
+    decision, able = decide_race(race), set() if race.done else set(race.finalists())
+    for row in decision["candidates"]:
+        if row["arm"] in able and row["verdict"] == "worse":
+            row["verdict"] = "as good"
+    return decision
+
+
 def conclude(phase: Phase, race: Race, decision: dict[str, Any], folder: SweepFolder) -> list[Path]:
     """Write what a decision leaves: trials.csv, decision.json, and the winner's files. Returns the winner's files."""
     folder.link_trials(race)
     folder.write_trials(race)
     folder.write_json("decision.json", decision)
+    if phase.broken:
+        export.set_broken_aside(folder)
     if decision["winner"] is None:
         export.withdraw(folder)
         return []

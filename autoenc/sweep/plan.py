@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from autoenc.config import Config
+from autoenc.errors import InputError
 from autoenc.sweep.decide import compounded, number
 from autoenc.sweep.inherit import Candidate, Winner
 from autoenc.sweep.race import Race
 from autoenc.sweep.spec import Spec
 
-BYTES_PER_PARAMETER = 4 * (3 + 1)            # latest.pt: weights and two moments of AdamW; best.pt: weights
+STATE_BYTES, WEIGHTS_BYTES = 4 * 3, 4        # a parameter: in latest.pt with two moments of AdamW; in best.pt
 
 
 def show_chain(console: Console, rows: Sequence[tuple[Spec, list[str], Winner | None]]) -> None:
@@ -33,7 +35,8 @@ def show_chain(console: Console, rows: Sequence[tuple[Spec, list[str], Winner | 
 
 
 def show_plan(console: Console, spec: Spec, arms: Sequence[Candidate], parent: Winner | None, race: Race | None,
-              slots: int | None, seconds_per_epoch: float | None, data: str, reasons: Sequence[str]) -> None:
+              slots: int | None, seconds_per_epoch: float | None, data: str, reasons: Sequence[str],
+              free: int) -> None:
     """The plan of one sweep: inherited winner, arms as differences, budget at most, slots, data."""
     console.print()
     console.rule(f"[bold]{spec.name}[/]", align="left")
@@ -61,13 +64,13 @@ def show_plan(console: Console, spec: Spec, arms: Sequence[Candidate], parent: W
     if not any(arm.hypothesis for arm in arms):
         table.columns.pop()
     console.print(table)
-    budget = _budget(spec, arms, race, slots, seconds_per_epoch) if reasons else "decided: nothing to train"
+    budget = _budget(spec, arms, race, slots, seconds_per_epoch, free) if reasons else "decided: nothing to train"
     console.print(f"budget       {budget}")
     console.print("rule         " + rule_in_words(spec))
 
 
 def _budget(spec: Spec, arms: Sequence[Candidate], race: Race | None, slots: int | None,
-            seconds_per_epoch: float | None) -> str:
+            seconds_per_epoch: float | None, free: int) -> str:
     sampled = spec.trials - len(arms) if spec.space else 0
     default = spec.config.get("train.epochs", Config().train.epochs)
     each = max((arm.config.train.epochs for arm in arms), default=default)
@@ -77,13 +80,38 @@ def _budget(spec: Spec, arms: Sequence[Candidate], race: Race | None, slots: int
     repeats = (spec.decision.repeats - 1) * each * spec.trials
     most = max(0, first) + repeats
     said = [f"at most {most} epochs" + (f" ({repeats} of them further seeds for the finalists)" if repeats else "")]
-    disk = sum(parameters(arm.config) for arm in arms) * spec.decision.repeats * BYTES_PER_PARAMETER
-    said.append(f"{disk / 1e6:,.0f} MB on disk")
+    sizes = [parameters(arm.config) for arm in arms]
+    disk = (STATE_BYTES + WEIGHTS_BYTES) * spec.decision.repeats * (
+        sum(sizes) + max(0, sampled) * max(sizes, default=0))
+    said.append(f"{megabytes(disk)} on disk ({megabytes(free)} free)")
     if slots:
         said.append(f"{slots} at a time")
     if seconds_per_epoch and slots:
         said.append(f"about {duration(most * seconds_per_epoch / slots)} at the stored pace")
     return ", ".join(said)
+
+
+def check_space(spec: Spec, race: Race, slots: int, output: Path) -> None:
+    """Raises :class:`InputError` where the checkpoints of the trials that are sure to run find no room: found out now
+    rather than hours into the sweep."""
+    begun = [run for run in race.runs.values() if not run.ended and not run.rows]
+    sizes = sorted((parameters(run.config) for run in begun), reverse=True)
+    # Beside what stays, each slot writes its next state beside the last one.
+    need = sum(sizes) * (STATE_BYTES + WEIGHTS_BYTES) + sum(sizes[:slots]) * STATE_BYTES
+    free = free_space(output)
+    if need > free:
+        raise InputError(f"--output {output}: {megabytes(free)} free, and the checkpoints of {spec.name} need "
+                         f"{megabytes(need)}: make room, or choose another --output")
+
+
+def free_space(output: Path) -> int:
+    """Bytes that may still be written below a folder that need not exist yet."""
+    return shutil.disk_usage(next(path for path in (output, *output.parents) if path.exists())).free
+
+
+def megabytes(size: float) -> str:
+    """Bytes in words."""
+    return f"{size / 1e6:,.0f} MB" if size < 10e9 else f"{size / 1e9:,.0f} GB"
 
 
 def parameters(config: Config) -> int:

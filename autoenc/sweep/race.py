@@ -22,7 +22,8 @@ from autoenc.sweep.past import Past
 from autoenc.sweep.search import Searcher, sampled_names
 from autoenc.sweep.spec import Spec
 from autoenc.sweep.standing import Run, Standing, Trial
-from autoenc.trajectory import Row, Trajectory, divergence, own_end
+from autoenc.table import Row
+from autoenc.trajectory import Trajectory, divergence, own_end
 
 DRAWS = 100                          # points drawn in vain (all known already) before a space counts as exhausted
 
@@ -152,7 +153,7 @@ class Race(Standing):
             return False
         self._repeated = True
         first = {trial.candidate.name: trial.candidate for trial in self.trials}
-        names = finalists(self.records(), list(first), self.spec.objective, self.spec.decision, self.margin)
+        names = self.finalists()
         if len(names) < 2:
             return False                         # nothing to tell apart
         base = self.start["train.seed"]
@@ -162,6 +163,11 @@ class Race(Standing):
                 if not run.ended:
                     self._settle(run)
         return True
+
+    def finalists(self) -> list[str]:
+        """The candidates that could still win, as their trials stand."""
+        order = list(dict.fromkeys(trial.candidate.name for trial in self.trials))
+        return finalists(self.records(), order, self.spec.objective, self.spec.decision, self.margin)
 
     # What comes back -----------------------------------------------------------------------------------------------
 
@@ -183,6 +189,15 @@ class Race(Standing):
         run.read()                               # epochs that a worker stored and died before it could report
         self._say(status, run, epoch=len(run.rows), **({"note": note} if note else {}))
         self._end(run, status, note)
+
+    def pause(self, run: Run) -> None:
+        """A run goes no further for now; the next run of the command goes on from here."""
+        run.state = "waiting"
+        self._say("paused", run, epoch=len(run.rows))
+
+    def note(self, event: str, run: Run, **more: Any) -> None:
+        """Write something down that changes nothing for the race: a worker that died, a file that was broken."""
+        self._say(event, run, epoch=len(run.rows), **more)
 
     def _end(self, run: Run, status: str, note: str = "") -> None:
         run.state, run.note = status, note

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import shutil
-import signal
-import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from autoenc.errors import InputError
+from autoenc.interrupts import Deadline, interrupt, leave_warnings_to_us, take_signals
 from autoenc.sweep.race import Race
 from autoenc.sweep.spec import Resources
 from autoenc.sweep.standing import Run
@@ -32,26 +30,13 @@ os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_H
                "TUNE_FORCE_TRIAL_CLEANUP_S": "3", "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000000",
                "RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
                "TUNE_RESULT_BUFFER_LENGTH": "1", "RAY_AIR_NEW_OUTPUT": "0"}
-# A head that refuses our token is asked so many times, a second apart (Ray's default is 20).
-os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "8")
 
-
-def _token_file() -> Path:
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-
-
-# Ray reads its authentication mode when it is imported, and turns it on by itself only for clusters that it starts.
-# Set any later, a head would demand the token that its own driver does not send.
-if "ray" not in sys.modules and ("RAY_AUTH_TOKEN" in os.environ or _token_file().is_file()):
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-
-import ray  # noqa: E402
-from ray import tune  # noqa: E402
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler  # noqa: E402
-from ray.tune.search import Searcher  # noqa: E402
+import ray
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
 
 RESTARTS = 3                    # of a worker that died
-PROBE_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -81,80 +66,34 @@ class Cluster:
 
 
 @contextmanager
-def cluster(address: str | None) -> Iterator[Cluster]:
-    """Join the Ray cluster at ``address``, or start a local one and end it with the block.
+def cluster(address: str | None, dashboard_host: str = "127.0.0.1") -> Iterator[Cluster]:
+    """Join the Ray cluster at ``address``, or (None) start a local one and end it with the block. Who gets in is
+    :mod:`autoenc.sweep.doors`' matter, before this module is imported.
 
-    Raises :class:`InputError` where nobody answers.
+    Raises :class:`InputError` where Ray cannot start or join.
     """
-    local = address in (None, "", "local")
     logging.getLogger("ray").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"ray\.")
-    if local:
-        _prepare_token()
-    else:
-        _probe(address)
+    own = {"dashboard_host": dashboard_host} if address is None else {}
+    leave_warnings_to_us()
     try:
         with _quiet():
-            context = ray.init(address="local" if local else address, logging_level=logging.ERROR,
-                               log_to_driver=False, configure_logging=True)
+            context = ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False,
+                               configure_logging=True, **own)
     except (ConnectionError, RuntimeError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"a local Ray cannot be started: {first}" if local else
-                         f"--address {address}: cannot join: {first} (is {_token_file()} its token?)") from None
-    # ray.init takes SIGTERM for itself; from here on it ends the sweep in order, like Ctrl-C.
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+        raise InputError(f"--address {address}: cannot join: {first}" if address else
+                         f"a local Ray cannot be started: {first}") from None
+    finally:
+        take_signals()           # ray.init takes SIGTERM for itself
     try:
         total = ray.cluster_resources()
         url = context.dashboard_url
-        yield Cluster(int(total.get("CPU", 0)), total.get("GPU", 0.0), f"http://{url}" if url else None, local)
+        yield Cluster(int(total.get("CPU", 0)), total.get("GPU", 0.0), f"http://{url}" if url else None,
+                      address is None)
     finally:
         with _quiet():
             ray.shutdown()
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
-def _probe(address: str) -> None:
-    """Where nobody listens, or something that is no Ray head, Ray itself blocks for minutes: look first."""
-    if address == "auto":
-        return
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit() or "/" in host:
-        raise InputError(f"--address {address}: should be HOST:PORT, as printed by ray start --head, or auto, or local")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise InputError(f"--address {address}: nobody listens there ({error})") from None
-    if os.environ.get("RAY_USE_TLS", "0") != "0":
-        return
-    import grpc
-
-    with grpc.insecure_channel(f"{host}:{port}") as channel:
-        try:
-            grpc.channel_ready_future(channel).result(timeout=PROBE_SECONDS)
-        except grpc.FutureTimeoutError:
-            raise InputError(f"--address {address}: what listens there is no Ray head (its port is 6379 by default; "
-                             "8265 is the dashboard's)") from None
-
-
-def _prepare_token() -> None:
-    """Ray demands a token of everyone who talks to the cluster; make it ours alone before Ray writes one for all."""
-    if "RAY_AUTH_TOKEN" in os.environ:
-        return
-    path = _token_file()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return
-    except OSError:
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)     # no home to keep it in: for this run only
-        return
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secrets.token_hex(32))
 
 
 @contextmanager
@@ -173,16 +112,17 @@ def _quiet() -> Iterator[None]:
         os.close(sink)
 
 
-def run(race: Race, here: Cluster, *, folder: Path, output: Path,
-        changed: Callable[[], None] = lambda: None) -> None:
-    """Run all that the race still asks for. ``changed`` is called after every event of it.
+def run(race: Race, here: Cluster, *, folder: Path, output: Path, deadline: Deadline | None = None,
+        changed: Callable[[], None] = lambda: None, say: Callable[[str], None] = lambda text: None) -> None:
+    """Run all that the race still asks for. ``changed`` is called after every event of it, ``say`` with what a person
+    should know. No epoch is begun that would not end before the ``deadline``.
 
-    Raises KeyboardInterrupt when interrupted, OSError where a worker could not write the store.
+    Raises KeyboardInterrupt when interrupted or when the deadline ends it, OSError where the output cannot be written.
     """
     resources = race.spec.resources
     cpus, gpus, slots = here.share(resources, max(1, len(race.runs)))
-    driver = _Driver(race, output=str(output), threads=cpus, changed=changed,
-                     device="cuda" if gpus else "cpu")
+    driver = _Driver(race, output=str(output), threads=cpus, device="cuda" if gpus else "cpu", deadline=deadline,
+                     changed=changed, say=say)
     scratch = folder / ".tune"
     shutil.rmtree(scratch, ignore_errors=True)
     tuner = tune.Tuner(
@@ -190,7 +130,7 @@ def run(race: Race, here: Cluster, *, folder: Path, output: Path,
         tune_config=tune.TuneConfig(num_samples=-1, search_alg=_Search(driver), scheduler=_Schedule(driver),
                                     max_concurrent_trials=slots, reuse_actors=True,
                                     trial_dirname_creator=lambda trial: trial.trial_id),
-        run_config=tune.RunConfig(name="tune", storage_path=str(scratch), verbose=0,
+        run_config=tune.RunConfig(name="tune", storage_path=str(scratch), verbose=0, callbacks=[_Restarts(driver)],
                                   checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                                   failure_config=tune.FailureConfig(max_failures=RESTARTS)),
     )
@@ -200,18 +140,21 @@ def run(race: Race, here: Cluster, *, folder: Path, output: Path,
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if driver.broken:
-        raise OSError(driver.broken)
+        raise driver.broken
+    if driver.out_of_time:
+        raise interrupt(f"{deadline.source} is nearly over")
 
 
 class _Driver:
-    """What scheduler and searcher share: which Tune trial stands for which run."""
+    """What scheduler, searcher and callback share: which Tune trial stands for which run, and why no more may start."""
 
-    def __init__(self, race: Race, *, output: str, threads: int, device: str,
-                 changed: Callable[[], None]) -> None:
-        self.race, self.changed = race, changed
+    def __init__(self, race: Race, *, output: str, threads: int, device: str, deadline: Deadline | None,
+                 changed: Callable[[], None], say: Callable[[str], None]) -> None:
+        self.race, self.deadline, self.changed, self.say = race, deadline, changed, say
         self.output, self.threads, self.device = output, threads, device
         self.runs: dict[str, Run] = {}
-        self.broken = ""                        # why no worker can go on: a full disk, a folder that is gone
+        self.broken: OSError | None = None      # the disk is full, the folder gone: nobody can go on
+        self.out_of_time = False
 
     def __reduce__(self) -> tuple:
         return object, ()                       # Tune pickles what it is given in order to restore it; never done here
@@ -220,14 +163,61 @@ class _Driver:
         return {"task": asdict(Task(key=run.key, output=self.output, config=run.config.flat(), threads=self.threads,
                                     device=self.device, measure=self.race.needs_measuring(), keep=run.keep))}
 
-    def end(self, trial_id: str, result: dict[str, Any]) -> None:
-        run = self.runs[trial_id]
-        status = result["outcome"]
-        if status == "broken":
-            self.broken = result["note"]
-        if not run.ended:
-            self.race.finish(run, "failed" if status == "broken" else status, result.get("note", ""))
+    def next(self) -> Run | None:
+        quickest = min((run.pace for run in self.race.runs.values() if run.pace), default=None)
+        self.out_of_time = self.out_of_time or not self._time_for(quickest)
+        if self.over:
+            return None
+        run = self.race.next()
         self.changed()
+        return run
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will be started."""
+        return self.broken is not None or self.out_of_time or self.race.done
+
+    def take(self, run: Run, result: dict[str, Any]) -> bool:
+        """What a worker said of its run; whether the trial ends here."""
+        if self.broken or run.ended:
+            return True
+        if "outcome" in result:
+            self.end(run, result["outcome"], result.get("note", ""))
+            return True
+        ends = False
+        row = {name.removeprefix("row/"): value for name, value in result.items() if name.startswith("row/")}
+        if "warning" in result:
+            self.race.note("repaired", run, note=result["warning"])
+            self.say(f"{self.race.name_of(run)}: {result['warning']}")
+        elif "waiting" in result:
+            self.say(f"{self.race.name_of(run)}: {result['waiting']} trains it, too; waiting")
+        elif row:
+            ends = self.race.report(run, row) is not None
+        else:
+            run.trained += 1                    # once more, for a checkpoint that is not kept
+        if not ends and not self._time_for(run.pace):
+            self.race.pause(run)
+            self.out_of_time = ends = True
+        self.changed()
+        return ends
+
+    def end(self, run: Run, status: str, note: str) -> None:
+        if status == "broken":
+            raise OSError(note)
+        self.race.finish(run, status, note)
+        self.changed()
+
+    def _time_for(self, pace: float | None) -> bool:
+        """Whether one more epoch at this pace would end in time, also one that takes somewhat longer."""
+        return self.deadline is None or self.deadline.left > 1.25 * (pace or 0.0) + 1
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Keep why the output could not be written: raised within Tune it would be lost among its own errors."""
+        try:
+            yield
+        except OSError as error:
+            self.broken = self.broken or error
 
 
 class _Search(Searcher):
@@ -238,14 +228,12 @@ class _Search(Searcher):
         self.driver = driver
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        if self.driver.broken or self.driver.race.done:
-            return Searcher.FINISHED
-        run = self.driver.race.next()
-        self.driver.changed()
-        if run is None:
-            return Searcher.FINISHED if self.driver.race.done else None
-        self.driver.runs[trial_id] = run
-        return self.driver.task(run)
+        with self.driver.watched():
+            run = self.driver.next()
+            if run is not None:
+                self.driver.runs[trial_id] = run
+                return self.driver.task(run)
+        return Searcher.FINISHED if self.driver.over else None
 
     def on_trial_result(self, trial_id: str, result: dict) -> None:
         pass                                    # the scheduler has seen it, also the one that stopped the trial
@@ -253,8 +241,8 @@ class _Search(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         run = self.driver.runs[trial_id]
         if error and not run.ended:
-            self.driver.race.finish(run, "failed", f"its worker died {RESTARTS + 1} times")
-            self.driver.changed()
+            with self.driver.watched():
+                self.driver.end(run, "failed", f"its worker died {RESTARTS + 1} times")
 
     def save(self, checkpoint_path: str) -> None:
         pass                                    # the store is the truth; nothing of Tune's is ever restored
@@ -267,25 +255,39 @@ class _Search(Searcher):
 
 
 class _Schedule(FIFOScheduler):
-    """Passes every epoch to the race, which says whether to go on."""
+    """Passes everything that workers say to the race, which says whether to go on."""
 
     def __init__(self, driver: _Driver) -> None:
         super().__init__()
         self.driver = driver
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
-        run = self.driver.runs[trial.trial_id]
-        if self.driver.broken:
-            return TrialScheduler.STOP
-        if "outcome" in result:
-            self.driver.end(trial.trial_id, result)
-            return TrialScheduler.STOP
-        row = {name.removeprefix("row/"): value for name, value in result.items() if name.startswith("row/")}
-        if not row:                             # weights trained once more for a decision made before
-            return TrialScheduler.CONTINUE
-        stop = self.driver.race.report(run, row)
-        self.driver.changed()
-        return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
+        ends = True
+        with self.driver.watched():
+            ends = self.driver.take(self.driver.runs[trial.trial_id], result)
+        return TrialScheduler.STOP if ends else TrialScheduler.CONTINUE
+
+
+class _Restarts(tune.Callback):
+    """Tells of workers that died. One whose node is gone is given back without counting against its trial."""
+
+    def __init__(self, driver: _Driver) -> None:
+        self.driver = driver
+        self.nodes: dict[str, str] = {}         # trial -> the node that its last result came from
+
+    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
+        self.nodes[trial.trial_id] = result.get("node_id", "")
+
+    def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        run, node = self.driver.runs[trial.trial_id], self.nodes.get(trial.trial_id, "")
+        if node and node not in {each["NodeID"] for each in ray.nodes() if each["Alive"]}:
+            trial.max_failures += 1
+            note = "its node is gone"
+        else:
+            note = f"its worker died, attempt {trial.num_failures + 1} of {trial.max_failures + 1}"
+        with self.driver.watched():
+            self.driver.race.note("restarted", run, note=note)
+            self.driver.say(f"{self.driver.race.name_of(run)}: {note}; goes on after epoch {len(run.rows)}")
 
 
 class _Trainable(tune.Trainable):
@@ -293,6 +295,7 @@ class _Trainable(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         self.steps: Iterator[dict[str, Any]] = work(Task(**config["task"]))
+        self.node = ray.get_runtime_context().get_node_id()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.cleanup()
@@ -300,7 +303,7 @@ class _Trainable(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        return next(self.steps)
+        return {**next(self.steps), "node_id": self.node}
 
     def cleanup(self) -> None:
         with suppress(Exception):

@@ -6,13 +6,14 @@ import csv
 import io
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
+from filelock import SoftFileLease, Timeout
 
 from autoenc.errors import InputError
 from autoenc.files import append_line, replacing, write_atomic
@@ -20,6 +21,21 @@ from autoenc.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from autoenc.sweep.race import Race
+
+
+LEASE_SECONDS = 60       # after which the lock of another host that shows no sign of life is taken over
+
+
+def lease(path: Path) -> SoftFileLease:
+    """A lock between processes, also of several hosts on a shared file system, whatever locks that knows itself. A dead
+    owner on this host is noticed at once; on another one when it has not renewed its claim for ``LEASE_SECONDS``."""
+    return SoftFileLease(path, lease_duration=LEASE_SECONDS, poll_interval=0.2)
+
+
+def owner_in_words(lock: SoftFileLease) -> str:
+    """Who holds a lock: host and process."""
+    owner = lock.owner
+    return f"process {owner.pid} on {owner.hostname.split('/')[0]}" if owner else "another process"
 
 
 class Store:
@@ -31,10 +47,10 @@ class Store:
     def open(self, key: str) -> Trajectory:
         return Trajectory(self.folder / key)
 
-    def lock(self, key: str) -> FileLock:
-        """Held by the one worker that trains the trajectory; freed by the system when its process dies."""
+    def lock(self, key: str) -> SoftFileLease:
+        """Held by the one worker that trains the trajectory."""
         (self.folder / key).mkdir(parents=True, exist_ok=True)
-        return FileLock(self.folder / key / ".lock")
+        return lease(self.folder / key / ".lease")
 
     def set_aside(self, key: str) -> None:
         """Move a trajectory out of the way (``--fresh``)."""
@@ -56,19 +72,27 @@ class SweepFolder:
     @contextmanager
     def writing(self, wait: float = 0) -> Iterator[None]:
         """One writer at a time. Raises :class:`InputError` where another run holds the folder for more than ``wait``
-        seconds."""
+        seconds; one on another host may have died there without a sign, which takes its lease to show."""
+        lock = lease(self.path / ".lease")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / ".lock")
-            lock.acquire(timeout=wait)
+            try:
+                lock.acquire(timeout=wait)
+            except Timeout:
+                owner = lock.owner
+                if owner is None or owner.hostname.split("/")[0] == socket.gethostname():
+                    raise
+                lock.acquire(timeout=max(0, LEASE_SECONDS + 5 - wait))
         except Timeout:
-            raise InputError(f"{self.path}: another run is writing here; wait, or use another --output") from None
+            raise InputError(f"{self.path}: {owner_in_words(lock)} is writing here; wait until it has ended, or use "
+                             "another --output") from None
         except OSError as error:
             raise InputError(f"{error.filename or self.path}: cannot be written: {error.strerror}") from None
         try:
             yield
         finally:
-            lock.release()
+            with suppress(OSError):          # the folder may be gone, and that is what is to be told
+                lock.release()
 
     def events(self) -> list[dict[str, Any]]:
         """All events so far; a broken line is passed over."""

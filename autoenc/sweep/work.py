@@ -5,17 +5,19 @@ from __future__ import annotations
 import errno
 import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import SoftFileLease, Timeout
 
 from autoenc.config import Config, make_config
 from autoenc.errors import InputError
 from autoenc.files import write_atomic
-from autoenc.sweep.store import Store
-from autoenc.trajectory import Trajectory, best_row, divergence, own_end
+from autoenc.sweep.store import Store, owner_in_words
+from autoenc.trajectory import Superseded, Trajectory, best_row, divergence, failure, own_end
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,9 @@ _dataset: tuple[Any, Any] = (None, None)
 
 
 def work(task: Task) -> Iterator[dict[str, Any]]:
-    """Train what the store lacks of this trajectory. Yields ``{"row": …}`` for each new epoch, last ``{"outcome": …}``.
+    """Train what the store lacks of this trajectory. Yields ``{"epoch": …, "row": …}`` for each new epoch, no row
+    for one that is trained once more, ``{"waiting": …}`` while another process trains it, ``{"warning": …}`` for what
+    was found broken, last ``{"outcome": …}``.
 
     ``outcome``: completed, diverged or failed, with a ``note``; ``broken`` where the store could not be written.
     """
@@ -46,20 +50,13 @@ def work(task: Task) -> Iterator[dict[str, Any]]:
     store = Store(Path(task.output))
     trajectory = store.open(task.key)
     try:
-        dataset = _open_data(config)
-        yield from _train(store.lock(task.key), trajectory, config, dataset, task.device)
-        outcome = _outcome(trajectory, config)
-        if outcome["outcome"] == "completed":
-            best = best_row(trajectory.rows(), config)           # None: the monitored figure is undefined throughout
-            measured = int(best["epoch"]) if task.measure and best else None
-            with store.lock(task.key):
-                for epoch in {measured, task.keep} - {None}:
-                    if trajectory.weights(epoch) is None:
-                        for row in trajectory.restore_weights(config, dataset, task.device, epoch):
-                            yield {"epoch": row["epoch"]}
-                if measured is not None:
-                    trajectory.measure(config, dataset, task.device, measured)
-        yield outcome
+        lock = store.lock(task.key)
+        warnings: list[str] = []
+        trajectory.warn, trajectory.guard = warnings.append, partial(_guard, lock)
+        for said in _steps(task, lock, trajectory, config):
+            while warnings:
+                yield {"warning": warnings.pop(0)}
+            yield said
     except OSError as error:
         full = "the disk is full: " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         yield {"outcome": "broken", "note": f"{full}{error.filename or trajectory.folder}: {error.strerror or error}"}
@@ -67,23 +64,77 @@ def work(task: Task) -> Iterator[dict[str, Any]]:
         yield {"outcome": "failed", "note": str(error)}
     except Exception as error:                  # raised, it would pass for a dead worker and be tried again in silence
         write_atomic(trajectory.folder / "traceback.txt", traceback.format_exc())
-        yield {"outcome": "failed", "note": f"{type(error).__name__}: {error}; see {trajectory.folder}/traceback.txt"}
+        yield {"outcome": "failed", "note": f"{failure(error, config)}; see {trajectory.folder}/traceback.txt"}
 
 
-def _train(lock: FileLock, trajectory: Trajectory, config: Config, dataset: Any,
+def _steps(task: Task, lock: SoftFileLease, trajectory: Trajectory, config: Config) -> Iterator[dict[str, Any]]:
+    dataset = _open_data(config)
+    yield from _train(lock, trajectory, config, dataset, task.device)
+    outcome = _outcome(trajectory, config)
+    if outcome["outcome"] == "completed":
+        best = best_row(trajectory.rows(), config)               # None: the monitored figure is undefined throughout
+        measured = int(best["epoch"]) if task.measure and best else None
+        if measured is not None or task.keep is not None:
+            yield from _acquire(lock)
+            with _released(lock):
+                for epoch in {measured, task.keep} - {None}:
+                    if trajectory.whole_weights(epoch) is None:
+                        for row in trajectory.restore_weights(config, dataset, task.device, epoch):
+                            yield {"epoch": row["epoch"]}
+                if measured is not None:
+                    trajectory.measure(config, dataset, task.device, measured)
+    yield outcome
+
+
+def _train(lock: SoftFileLease, trajectory: Trajectory, config: Config, dataset: Any,
            device: str) -> Iterator[dict[str, Any]]:
     """Each epoch under the trajectory's lock, which is free in between: a worker that is stopped there, and kept for
     the next trial, holds nobody up. Where another one has trained on meanwhile, its epochs are taken over."""
-    steps, epoch = None, 0
+    steps, known = None, 0
     while True:
-        with lock:
-            if steps is None or len(trajectory.rows()) != epoch:
+        yield from _acquire(lock)
+        with _released(lock):
+            before = len(trajectory.rows())
+            if steps is None or before != known:
                 steps = trajectory.train(config, dataset, device)
-            row = next(steps, None)
+            try:
+                row = next(steps, None)
+            except Superseded:
+                steps = None
+                continue
+            known = len(trajectory.rows())
         if row is None:
             return
-        epoch = row["epoch"]
-        yield {"epoch": epoch, "row": row}
+        yield {"epoch": row["epoch"]} | ({"row": row} if row["epoch"] > before else {})
+
+
+def _acquire(lock: SoftFileLease) -> Iterator[dict[str, Any]]:
+    """Take a lock; yields now and then who holds it meanwhile."""
+    wait = 0.0
+    while True:
+        try:
+            lock.acquire(timeout=wait)
+            return
+        except Timeout:
+            if wait:
+                yield {"waiting": owner_in_words(lock)}
+            wait = 5.0
+
+
+@contextmanager
+def _released(lock: SoftFileLease) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with suppress(OSError):              # the folder is gone
+            lock.release()
+
+
+def _guard(lock: SoftFileLease) -> None:
+    """A process that was stopped for longer than its lease lasts may find that another one has gone on."""
+    owner = lock.owner
+    if owner is None or owner.token != lock.token:
+        raise Superseded
 
 
 def _open_data(config: Config) -> Any:
