@@ -6,6 +6,7 @@
     epoch        the last epoch trained
     metrics      its figures
     model        weights by name
+    raw          only with train.ema, in a checkpoint to go on from: the weights that are averaged
     optimizer, scaler    only in a checkpoint to go on from
 """
 
@@ -26,7 +27,7 @@ from autoenc.files import write_atomic
 from autoenc.model import Autoencoder
 
 FORMAT = 1
-RESUME_KEYS = ("optimizer", "scaler")
+RESUME_KEYS = ("optimizer", "scaler", "raw", "rows", "best")
 KEYS = {"format": int, "config": dict, "shapes": dict, "epoch": int, "metrics": dict, "model": dict}
 
 
@@ -44,14 +45,12 @@ def data_shapes(dataset: Dataset) -> dict[str, Any]:
 
 
 def checkpoint_content(config: Config, shapes: Mapping[str, Any], model: Autoencoder, *, epoch: int,
-                       metrics: Mapping[str, float], optimizer: Mapping[str, Any] | None = None,
-                       scaler: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A checkpoint of this state, copied to the CPU: training on does not change it."""
+                       metrics: Mapping[str, float], **resume: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint of this state, copied to the CPU: training on does not change it. ``resume``: what going on from it
+    takes, of :data:`RESUME_KEYS`."""
     content = {"format": FORMAT, "config": config.nested(), "shapes": dict(shapes), "epoch": epoch,
                "metrics": dict(metrics), "model": dict(model.state_dict())}
-    if optimizer is not None:
-        content |= {"optimizer": dict(optimizer), "scaler": dict(scaler or {})}
-    return _copied(content)
+    return _copied(content | {key: dict(value) for key, value in resume.items()})
 
 
 def model_checkpoint(content: Mapping[str, Any]) -> dict[str, Any]:

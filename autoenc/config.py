@@ -18,6 +18,7 @@ from autoenc.checks import Conflict, Scalar, describe, shown
 from autoenc.errors import InputError, did_you_mean
 from autoenc.yamlfile import read_yaml
 
+STANDARDIZATION = 0.1            # weight of the loss of model.normalizer: loss, as the source's author ended with
 HEADS = ("rgb", "segmentation", "classification")
 
 
@@ -112,6 +113,12 @@ class ModelConfig(Section):
     variational: bool = False
     latent: Literal["mean", "sample"] = "mean"
     """what a VAE's encode() returns as the latent"""
+    normalize_latents: bool = False
+    """encode() returns latents with mean 0 and standard deviation 1 per channel, decode() takes them"""
+    normalizer: Literal["exact", "running", "loss", "learned"] = "exact"
+    """how. exact: by statistics of the finished model over the training split; running: also by running statistics
+    while it trains; loss: also by a loss (loss.standardization); learned: shift and scale are trained through
+    normalising and its inverse, which gives them no gradient: as the source did, to compare with"""
     heads: Heads | None = None
     """decoder heads; none: rgb, and those whose loss weight is above 0"""
 
@@ -125,6 +132,9 @@ class LossConfig(Section):
     classification: Weight = 0.0
     kl: Weight = 0.0
     """mean over latent dimensions; without effect unless model.variational"""
+    standardization: Weight | None = None
+    """per channel, squared mean plus squared difference of the standard deviation from 1; none: 0.1 with
+    model.normalizer loss, else 0"""
 
     @model_validator(mode="after")
     def _check(self) -> LossConfig:
@@ -148,6 +158,10 @@ class TrainConfig(Section):
     """the figure that names the best epoch and that patience watches"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """fp16 needs a GPU"""
+    schedule: Literal["constant", "cosine", "plateau"] = "constant"
+    """of the learning rate: cosine falls towards 0 over train.epochs; plateau halves after two epochs without gain"""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """decay per step of an exponential moving average of the weights, which then is the model; none: no average"""
     sample_every: Annotated[int, Field(ge=0, le=100_000)] = 5
     """sample images at the first epoch and every so many; 0: never"""
 
@@ -181,10 +195,22 @@ class Config(Section):
     @property
     def loss_weights(self) -> dict[str, float]:
         """The loss terms that take part, with their weights; ``kl`` only for a variational model."""
-        weights = {name: weight for name, weight in self.loss if weight > 0}
+        weights = {name: weight for name, weight in self.loss if weight}
+        if self.loss.standardization is None and self.model.normalize_latents and self.model.normalizer == "loss":
+            weights["standardization"] = STANDARDIZATION
         if not self.model.variational:
             weights.pop("kl", None)
         return weights
+
+    @property
+    def as_trained(self) -> Config:
+        """What trains. Where latents are standardised after training only (``exact``, and ``loss``, whose loss is a
+        term like others), that is the plain autoencoder: its training is shared with those that do not standardise."""
+        if not self.model.normalize_latents or self.model.normalizer in ("running", "learned"):
+            return self
+        weight = self.loss_weights.get("standardization", 0.0)
+        return self.model_copy(update={"model": self.model.model_copy(update={"normalize_latents": False}),
+                                       "loss": self.loss.model_copy(update={"standardization": weight})})
 
     def identity(self) -> dict[str, Any]:
         """Everything here that can change an epoch's result, and nothing else: part of a trajectory's key.
@@ -198,8 +224,18 @@ class Config(Section):
                  "variational": self.model.variational, "heads": list(self.heads)}
         if self.model.variational:
             model["latent"] = self.model.latent
+        if self.model.normalize_latents and self.model.normalizer in ("running", "learned"):
+            model["normalizer"] = self.model.normalizer
         train = {key: getattr(self.train, key)
                  for key in ("batch_size", "learning_rate", "weight_decay", "seed", "precision", "monitor")}
+        if self.train.schedule != "constant":
+            train["schedule"] = self.train.schedule
+        if self.train.schedule == "cosine":
+            train["epochs"] = self.train.epochs
+        if self.train.schedule == "plateau":
+            train["min_delta"] = self.train.min_delta
+        if self.train.ema is not None:
+            train["ema"] = self.train.ema
         return {"model": model, "loss": self.loss_weights, "train": train}
 
     def flat(self) -> dict[str, Any]:

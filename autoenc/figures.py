@@ -16,6 +16,7 @@ PER_SPLIT = {
     "segmentation_ce": "min", "segmentation_accuracy": "max", "segmentation_miou": "max",
     "classification_ce": "min", "classification_accuracy": "max",
     "kl": "min", "kl_nats": "min", "nelbo": "min",
+    "standardization": "min",           # per channel, squared mean plus squared difference of the deviation from 1
 }
 ALONE = {
     "latent/mean": "min", "latent/std": "min", "latent/active_units": "max", "latent/smoothness": "min",

@@ -62,8 +62,17 @@ def kl_nats(outputs: Tensors) -> Tensor:
     return _divergence(outputs).flatten(1).sum(1).mean()
 
 
+def standardization(outputs: Tensors, batch: Tensors) -> Tensor:
+    """How far latents are from mean 0 and standard deviation 1: per channel of ``raw_latent`` (B, C, h, w), over batch
+    and positions, the squared mean plus the squared difference of the deviation from 1; mean over the channels."""
+    deviation, mean = torch.var_mean(outputs["raw_latent"].float(), dim=(0, 2, 3), correction=0)
+    # The root's gradient at 0, a dead channel, is infinite: below the bound it is 0.
+    return (mean.square() + (deviation.clamp(min=1e-12).sqrt() - 1).square()).mean()
+
+
 LOSSES: dict[str, Callable[[Tensors, Tensors], Tensor]] = {
-    "mse": mse, "l1": l1, "segmentation": segmentation, "classification": classification, "kl": kl}
+    "mse": mse, "l1": l1, "segmentation": segmentation, "classification": classification, "kl": kl,
+    "standardization": standardization}
 
 
 def weighted_sum(terms: Tensors, weights: Mapping[str, float]) -> Tensor:

@@ -160,6 +160,7 @@ class SplitFigures:
     """Everything measured in one pass over a split. ``palette`` is uint8 (K, 3), or None for data without one."""
 
     def __init__(self, model: Autoencoder, palette: np.ndarray | None) -> None:
+        self.model = model
         self.terms = ["mse", "l1", *(head for head in model.config.heads if head != "rgb")]
         self.means = Means()
         self.palette = None if palette is None else palette_colours(palette, next(model.parameters()).device)
@@ -167,6 +168,8 @@ class SplitFigures:
         self.latents = 0
         self.latent_sum: Tensor | float = 0.0
         self.latent_square: Tensor | float = 0.0
+        self.channel_sum: Tensor | float = 0.0
+        self.channel_square: Tensor | float = 0.0
 
     def update(self, batch: Tensors, encoded: Tensors, outputs: Tensors, sampled: Tensor | None = None) -> None:
         """One batch: what ``encode`` gave, what decoding (the posterior's mean for a VAE) gave, and for a VAE the
@@ -193,9 +196,12 @@ class SplitFigures:
 
     def _add_latents(self, encoded: Tensors) -> None:
         latent = encoded["latent"].double()
-        mean = encoded.get("mu", encoded["latent"]).double()
+        raw = self.model.raw_latent(encoded).double()
+        mean = encoded["mu"].double() if "mu" in encoded else raw
         self.means.add("latent/mean", latent.mean(), len(latent))
         self.means.add("latent/square", latent.square().mean(), len(latent))
+        self.channel_sum = self.channel_sum + raw.mean((2, 3)).sum(0)
+        self.channel_square = self.channel_square + raw.square().mean((2, 3)).sum(0)
         self.latents += len(mean)
         self.latent_sum = self.latent_sum + mean.sum(0)
         self.latent_square = self.latent_square + mean.square().sum(0)
@@ -204,6 +210,9 @@ class SplitFigures:
         """The figures by name, without the split's; ``latent/…`` among them. ``elements``: numbers in an image."""
         variance = self.latent_square / self.latents - (self.latent_sum / self.latents) ** 2
         self.means.add("latent/active_units", (variance > ACTIVE_VARIANCE).double().mean(), 1)
+        mean, square = self.channel_sum / self.latents, self.channel_square / self.latents
+        deviation = (square - mean.square()).clamp(min=0).sqrt()
+        self.means.add("standardization", (mean.square() + (deviation - 1).square()).mean(), 1)
         for name, confusion in self.confusion.items():
             ious = class_iou(confusion)
             self.means.add(f"{name}_miou", ious.nanmean(), 1)

@@ -17,6 +17,9 @@ from autoenc.config import Config, ModelConfig, check_heads
 
 LOGVAR_RANGE = (-30.0, 20.0)     # as in Stable Diffusion's autoencoder: exp() stays finite and its gradient alive
 
+MOMENTUM = 0.1                   # of running latent statistics, as batch normalisation's
+DEVIATIONS = (1e-5, 1e5)         # standard deviations that a latent normaliser can have
+
 Made = TypeVar("Made")
 
 
@@ -61,10 +64,54 @@ def _up(inside: int, outside: int) -> list[nn.Module]:
     return [nn.ConvTranspose2d(inside, outside, 4, stride=2, padding=1), _norm(outside), nn.SiLU()]
 
 
+class LatentNormalizer(nn.Module):
+    """Latents to mean 0 and standard deviation 1 per channel, and back: ``(z - shift) * exp(-log_scale)``.
+
+    ``shift`` and ``log_scale`` are (1, C, 1, 1). ``learned`` makes them parameters; otherwise they are set
+    (:meth:`set_statistics`), until then the identity, or with ``running`` follow the batches of a training.
+    """
+
+    def __init__(self, channels: int, mode: str) -> None:
+        super().__init__()
+        for name in ("shift", "log_scale"):
+            value = torch.zeros(1, channels, 1, 1)
+            if mode == "learned":
+                setattr(self, name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value)
+        if mode == "running":
+            self.register_buffer("seen", torch.zeros(()))        # 1 once a batch was: no look at it waits for a GPU
+        self.mode = mode
+
+    def forward(self, raw: Tensor) -> Tensor:
+        return (raw.float() - self.shift) * torch.exp(-self.log_scale)
+
+    def inverse(self, latent: Tensor) -> Tensor:
+        return latent.float() * torch.exp(self.log_scale) + self.shift
+
+    @torch.no_grad()
+    def follow(self, raw: Tensor) -> None:
+        """Move running statistics towards a batch's (B, C, h, w); the first batch sets them."""
+        variance, mean = torch.var_mean(raw.float(), dim=(0, 2, 3), keepdim=True, correction=0)
+        step = torch.where(self.seen > 0, MOMENTUM, 1.0)
+        self.seen.fill_(1.0)
+        self.shift.lerp_(mean, step)
+        variance = torch.exp(2 * self.log_scale).lerp(variance, step)
+        self.log_scale.copy_(0.5 * torch.log(variance.clamp(min=DEVIATIONS[0] ** 2)))
+
+    @torch.no_grad()
+    def set_statistics(self, mean: Tensor, deviation: Tensor) -> None:
+        """Set shift and scale from means and standard deviations (C,) of raw latents. A deviation is bounded: a dead
+        channel would otherwise blow up rounding errors to the size of a signal."""
+        self.shift.copy_(mean.view(1, -1, 1, 1))
+        self.log_scale.copy_(deviation.clamp(*DEVIATIONS).log().view(1, -1, 1, 1))
+
+
 class Encoder(nn.Module):
     """Images to the latent, or to the posterior's mean and log-variance when variational."""
 
-    def __init__(self, channels: list[int], latent_channels: int, variational: bool) -> None:
+    def __init__(self, channels: list[int], latent_channels: int, variational: bool,
+                 normalizer: str | None = None) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         inside = 3
@@ -74,6 +121,7 @@ class Encoder(nn.Module):
         self.trunk = nn.Sequential(*layers, *_same(inside, inside))
         self.mean = nn.Conv2d(inside, latent_channels, 1)
         self.logvar = nn.Conv2d(inside, latent_channels, 1) if variational else None
+        self.latent_normalizer = LatentNormalizer(latent_channels, normalizer) if normalizer else None
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         features = self.trunk(images)
@@ -150,35 +198,57 @@ class Autoencoder(nn.Module):
             "classification": lambda: Classifier(channels[-1], labels),
         }
         self.encoder = seeded(derived_seed(seed, "encoder"),
-                              lambda: Encoder(channels, latent_channels, config.model.variational))
+                              lambda: Encoder(channels, latent_channels, config.model.variational,
+                                              config.model.normalizer if config.model.normalize_latents else None))
         self.decoder = Decoder(
             seeded(derived_seed(seed, "decoder"), lambda: DecoderTrunk(channels, latent_channels)),
             {head: seeded(derived_seed(seed, "head", head), makers[head]) for head in config.heads})
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """``latent`` (B, C, h, w) of images (B, 3, H, W) in [-1, 1]; for a VAE also ``mu`` and ``logvar``.
+        """``latent`` (B, C, h, w) of images (B, 3, H, W) in [-1, 1], normalised when the model normalises; for a VAE
+        also ``mu`` and ``logvar``, the raw posterior.
 
         A VAE's latent is its posterior's mean, or a draw (from ``generator``) when ``model.latent`` is sample.
         """
         mu, logvar = self.encoder(images)
         if logvar is None:
-            return {"latent": mu}
+            return {"latent": self.normalize(mu)}
         latent = draw(mu, logvar, generator) if self.config.model.latent == "sample" else mu
-        return {"latent": latent, "mu": mu, "logvar": logvar}
+        return {"latent": self.normalize(latent), "mu": mu, "logvar": logvar}
+
+    def normalize(self, raw: Tensor) -> Tensor:
+        """A raw latent (a VAE's mean or draw) as :meth:`encode` would return it and :meth:`decode` takes it."""
+        normalizer = self.encoder.latent_normalizer
+        return raw if normalizer is None else normalizer(raw)
+
+    def mean_latent(self, encoded: dict[str, Tensor]) -> Tensor:
+        """Of what :meth:`encode` gave, what to decode for a reconstruction: a VAE's posterior mean, else the latent."""
+        return self.normalize(encoded["mu"]) if "mu" in encoded else encoded["latent"]
+
+    def raw_latent(self, encoded: dict[str, Tensor]) -> Tensor:
+        """Of what :meth:`encode` gave, the latent before it was normalised."""
+        normalizer = self.encoder.latent_normalizer
+        return encoded["latent"] if normalizer is None else normalizer.inverse(encoded["latent"])
 
     def decode(self, latent: Tensor, heads: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Each head's output (all heads, or those named): ``rgb`` (B, 3, H, W) in [-1, 1], ``segmentation``
-        (B, K, H, W) logits, ``classification`` (B, L) logits. Always float32."""
-        return self.decoder(latent, heads)
+        """Each head's output (all heads, or those named) for latents as :meth:`encode` gives them: ``rgb``
+        (B, 3, H, W) in [-1, 1], ``segmentation`` (B, K, H, W) logits, ``classification`` (B, L) logits. Always
+        float32."""
+        normalizer = self.encoder.latent_normalizer
+        return self.decoder(latent if normalizer is None else normalizer.inverse(latent), heads)
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """What training needs: the outputs of all heads and what :meth:`encode` returns. A VAE decodes a draw,
-        whatever ``model.latent`` says, and ``latent`` is that draw."""
+        whatever ``model.latent`` says, and ``latent`` is that draw; ``raw_latent`` is what encode would normalise."""
         mu, logvar = self.encoder(images)
-        if logvar is None:
-            return {**self.decode(mu), "latent": mu}
-        latent = draw(mu, logvar, generator)
-        return {**self.decode(latent), "latent": latent, "mu": mu, "logvar": logvar}
+        raw = mu if logvar is None else draw(mu, logvar, generator)
+        returned = raw if self.config.model.latent == "sample" else mu
+        normalizer = self.encoder.latent_normalizer
+        if normalizer is not None and normalizer.mode == "running" and self.training:
+            normalizer.follow(returned)                  # before use: both ways take the same snapshot
+        latent = self.normalize(raw)
+        posterior = {} if logvar is None else {"mu": mu, "logvar": logvar}
+        return {**self.decode(latent), "latent": latent, "raw_latent": returned, **posterior}
 
     @property
     def latent_size(self) -> int:

@@ -20,7 +20,7 @@ def sample_picture(model: Autoencoder, images: Tensor, palette: np.ndarray | Non
     A VAE decodes the posterior's mean."""
     with autocast or nullcontext():
         mean, _ = model.encoder(images)
-        outputs = model.decode(mean)
+        outputs = model.decode(model.normalize(mean))
     rows = [to_uint8(images), to_uint8(outputs["rgb"])]
     if palette is not None:
         predicted = outputs["segmentation"].argmax(1) if "segmentation" in outputs \

@@ -30,6 +30,7 @@ from autoenc.losses import LOSSES, weighted_sum
 from autoenc.metrics import Means, SplitFigures, loss_figures
 from autoenc.model import Autoencoder, count_parameters, derived_seed, draw
 from autoenc.samples import sample_picture
+from autoenc.schedule import learning_rate
 
 if TYPE_CHECKING:
     from autoenc.data import Dataset
@@ -76,6 +77,12 @@ class _Run:
     scaler: torch.amp.GradScaler
     train: Batches
     val: Batches
+    average: Autoencoder | None          # of the weights, with train.ema
+
+    @property
+    def result(self) -> Autoencoder:
+        """What the training is for: what is measured, kept and exported."""
+        return self.average or self.model
 
     @property
     def elements(self) -> int:
@@ -100,7 +107,7 @@ def train(config: Config, dataset: Dataset, *, device: str | torch.device = "cpu
     :class:`~autoenc.errors.InputError`, at the call, for a configuration that this data or device cannot serve, and
     :class:`Diverged` from the iterator.
     """
-    device = torch.device(device)
+    device, config = torch.device(device), config.as_trained
     if config.train.precision == "fp16" and device.type == "cpu":
         raise InputError("train.precision: 'fp16' needs a GPU; on a CPU use fp32 or bf16")
     for split in ("train", "val"):
@@ -118,15 +125,18 @@ def _prepare(config: Config, dataset: Dataset, device: torch.device, resume: Map
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.train.learning_rate,
                                   weight_decay=config.train.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
+    average = copy.deepcopy(model) if config.train.ema is not None else None
     if resume is not None:
-        model.load_state_dict(resume["model"])
+        model.load_state_dict(resume["raw"] if average is not None else resume["model"])
+        if average is not None:
+            average.load_state_dict(resume["model"])
         optimizer.load_state_dict(copy.deepcopy(resume["optimizer"]))     # else steps would write into the caller's
         scaler.load_state_dict(resume["scaler"])
     batches = partial(Batches, dataset, device=device, labels="classification" in config.heads,
                       channels_last=channels_last)
     return _Run(config, dataset, device, model, optimizer, scaler,
                 batches(indices=dataset.splits["train"], segmentation=config.loss.segmentation > 0),
-                batches(indices=dataset.splits["val"], segmentation=True))
+                batches(indices=dataset.splits["val"], segmentation=True), average)
 
 
 def _epochs(run: _Run, done: int, history: Sequence[Mapping[str, float]]) -> Iterator[EpochResult]:
@@ -137,6 +147,8 @@ def _epochs(run: _Run, done: int, history: Sequence[Mapping[str, float]]) -> Ite
         if figures.patience_over(values, mode, settings.patience, settings.min_delta):
             return
         start = time.perf_counter()
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate(settings, epoch, values)
         metrics = _train_epoch(run, epoch) | _validate(run, epoch)
         _check_figures(metrics, settings.monitor, epoch, math.ceil(len(run.train) / settings.batch_size))
         values.append(metrics[settings.monitor])
@@ -156,6 +168,8 @@ def _train_epoch(run: _Run, epoch: int) -> dict[str, float]:
     run.model.train()
     for batch in run.train.pass_over(settings.batch_size, order):
         unread.append(_step(run, batch, noise, means))
+        if run.average is not None:
+            _average(run, (epoch - 1) * math.ceil(len(run.train) / settings.batch_size) + len(norms) + len(unread))
         if len(unread) == check_every:
             norms += _read(unread, epoch, len(norms), run.scaler.is_enabled())
             unread = []
@@ -188,6 +202,16 @@ def _step(run: _Run, batch: dict[str, Tensor], noise: torch.Generator, means: Me
         return torch.stack((loss.detach(), norm))
 
 
+@torch.no_grad()
+def _average(run: _Run, step: int) -> None:
+    """Move the average towards the weights after a step (from 1); early on by more, as it starts from nothing learnt.
+    Buffers (running latent statistics) are taken over."""
+    decay = min(run.config.train.ema, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(run.average.parameters()), list(run.model.parameters()), 1 - decay)
+    for mine, theirs in zip(run.average.buffers(), run.model.buffers(), strict=True):
+        mine.copy_(theirs)
+
+
 def _read(unread: list[Tensor], epoch: int, before: int, scaled: bool) -> list[float]:
     """The gradient norms of steps whose losses and norms are still on the device. Raises :class:`Diverged`."""
     if not unread:
@@ -203,17 +227,17 @@ def _read(unread: list[Tensor], epoch: int, before: int, scaled: bool) -> list[f
 
 @torch.inference_mode()
 def _validate(run: _Run, epoch: int) -> dict[str, float]:
-    model, config = run.model.eval(), run.config
+    model, config = run.result.eval(), run.config
     noise = run.generator("validation noise", epoch)
     split = SplitFigures(model, run.dataset.palette if run.dataset.segmentation is not None else None)
     for batch in run.val.pass_over(EVALUATION_BATCH * config.train.batch_size):
         sampled = None
         with run.autocast():
             encoded = model.encode(batch["images"], noise)
-            outputs = model.decode(encoded.get("mu", encoded["latent"]))
+            outputs = model.decode(model.mean_latent(encoded))
             if "logvar" in encoded:
                 drawn = encoded["latent"] if config.model.latent == "sample" else \
-                    draw(encoded["mu"], encoded["logvar"], noise)
+                    model.normalize(draw(encoded["mu"], encoded["logvar"], noise))
                 sampled = model.decode(drawn, heads=("rgb",))["rgb"]
         split.update(batch, encoded, outputs, sampled)
     found = split.compute(config.loss_weights, run.elements)
@@ -236,12 +260,13 @@ def _check_figures(metrics: Mapping[str, float], monitor: str, epoch: int, step:
 def _samples(run: _Run) -> np.ndarray:
     count = min(SAMPLES, len(run.val))      # always the same, spread over the split
     images = run.val.take(np.linspace(0, len(run.val) - 1, count).round().astype(np.int64))["images"]
-    return sample_picture(run.model.eval(), images, run.dataset.palette, run.autocast())
+    return sample_picture(run.result.eval(), images, run.dataset.palette, run.autocast())
 
 
 def _state(run: _Run, epoch: int, metrics: Mapping[str, float]) -> dict[str, Any]:
-    return checkpoint_content(run.config, data_shapes(run.dataset), run.model, epoch=epoch, metrics=metrics,
-                              optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict())
+    raw = {} if run.average is None else {"raw": run.model.state_dict()}
+    return checkpoint_content(run.config, data_shapes(run.dataset), run.result, epoch=epoch, metrics=metrics,
+                              optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(), **raw)
 
 
 def main(arguments: list[str]) -> int:

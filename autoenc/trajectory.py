@@ -306,7 +306,7 @@ class Trajectory:
         from autoenc.checkpoint import model_checkpoint, save_checkpoint
 
         path = self._weights_path(state["epoch"])
-        save_checkpoint(path, model_checkpoint({k: v for k, v in state.items() if k not in ("rows", "best")}))
+        save_checkpoint(path, model_checkpoint(state))
         return path
 
     def _save_best(self, state: dict[str, Any]) -> None:

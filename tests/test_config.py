@@ -41,6 +41,10 @@ values = {
     "model.kind": st.just("conv2d"), "model.latent_channels": st.integers(1, 4096),
     "model.base_channels": st.integers(1, 1024), "model.downsampling_steps": st.integers(1, 8),
     "model.variational": st.booleans(), "model.latent": st.sampled_from(["mean", "sample"]),
+    "model.normalize_latents": st.booleans(),
+    "model.normalizer": st.sampled_from(["exact", "running", "loss", "learned"]),
+    "loss.standardization": st.none() | weights, "train.ema": st.none() | st.floats(1e-9, 1 - 1e-9),
+    "train.schedule": st.sampled_from(["constant", "cosine", "plateau"]),
     "model.heads": st.none() | st.permutations(HEADS).map(list),
     "loss.mse": st.floats(1e-9, 1e6), "loss.l1": weights, "loss.segmentation": weights, "loss.classification": weights,
     "loss.kl": weights, "train.epochs": st.integers(1, 100_000), "train.batch_size": st.integers(1, 65_536),
@@ -197,9 +201,19 @@ def changed(config: Config, **flat: object) -> Config:
 @given(configs, st.data())
 def test_the_identity_holds_what_changes_an_epoch_and_nothing_else(config, data):
     identity = content_hash(config.identity())
-    for key in ("data.cache_dir", "data.image_column", "train.epochs", "train.patience", "train.min_delta",
-                "train.sample_every"):
+    scheduled = {"cosine": {"train.epochs"}, "plateau": {"train.min_delta"}}.get(config.train.schedule, set())
+    for key in {"data.cache_dir", "data.image_column", "train.epochs", "train.patience", "train.min_delta",
+                "train.sample_every"} - scheduled:
         assert content_hash(changed(config, **{key: data.draw(values[key])}).identity()) == identity
+    for key in scheduled:
+        other = data.draw(values[key].filter(lambda value, key=key: value != config.flat()[key]))
+        assert content_hash(changed(config, **{key: other}).identity()) != identity
+    plain = changed(config, model__normalize_latents=False, loss__standardization=0)
+    exact = changed(plain, model__normalize_latents=True, model__normalizer="exact")
+    assert content_hash(plain.identity()) == content_hash(exact.identity())          # it is done after training
+    others = {content_hash(changed(exact, model__normalizer=mode, loss__standardization=None).identity())
+              for mode in ("exact", "running", "learned", "loss")}
+    assert len(others) == 4
     seed = data.draw(values["train.seed"].filter(lambda seed: seed != config.train.seed))
     assert content_hash(changed(config, train__seed=seed).identity()) != identity
     explicit = changed(config, model__heads=list(reversed(config.heads)))

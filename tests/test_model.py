@@ -33,7 +33,7 @@ def test_shapes_follow_the_configuration(steps, base, variational):
     assert {name: tuple(out.shape) for name, out in decoded.items()} == {
         "rgb": (2, 3, 16, 16), "segmentation": (2, 4, 16, 16), "classification": (2, 3)}
     assert decoded["rgb"].abs().max() <= 1
-    assert set(model(images())) == set(decoded) | set(encoded)
+    assert set(model(images())) == {*decoded, *encoded, "raw_latent"}
 
 
 def test_layers_are_those_described():
@@ -128,3 +128,69 @@ def test_what_the_data_cannot_serve_is_refused(settings, classes, labels, said):
     with pytest.raises(InputError) as caught:
         build(classes=classes, labels=labels, **settings)
     assert all(part in str(caught.value) for part in said), str(caught.value)
+
+
+# Latent normaliser ----------------------------------------------------------------------------------------------------
+
+def test_normalising_and_back():
+    model = build(model__normalize_latents=True)
+    plain = build()
+    normalizer = model.encoder.latent_normalizer
+    assert normalizer.shift.shape == normalizer.log_scale.shape == (1, 2, 1, 1)
+    raw = plain.encode(images())["latent"]
+    assert torch.equal(model.encode(images())["latent"], raw)                  # the identity, until it is set
+    normalizer.set_statistics(raw.mean((0, 2, 3)), raw.std((0, 2, 3), correction=0))
+    latent = model.encode(images())["latent"]
+    assert latent.mean((0, 2, 3)).abs().max() < 1e-4 and (latent.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-4
+    assert torch.allclose(model.raw_latent({"latent": latent}), raw, atol=1e-5)
+    assert torch.allclose(model.decode(latent)["rgb"], plain.decode(raw)["rgb"], atol=1e-5)
+
+
+def test_a_dead_channel_stays_quiet():
+    model = build(model__normalize_latents=True)
+    model.encoder.latent_normalizer.set_statistics(torch.zeros(2), torch.tensor([0.0, 1e9]))
+    assert model.encode(images())["latent"].isfinite().all()
+    assert model.encoder.latent_normalizer.log_scale.exp().flatten().tolist() == pytest.approx([1e-5, 1e5])
+
+
+def test_running_statistics_start_from_the_first_batch_and_follow():
+    model = build(model__normalize_latents=True, model__normalizer="running").train()
+    raw = model(images())["raw_latent"]
+    normalizer = model.encoder.latent_normalizer
+    assert torch.allclose(normalizer.shift.flatten(), raw.mean((0, 2, 3)), atol=1e-6)
+    assert torch.allclose(normalizer.log_scale.exp().flatten(), raw.std((0, 2, 3), correction=0), rtol=1e-4)
+    before = normalizer.shift.clone()
+    other = model(-images())["raw_latent"].mean((0, 2, 3), keepdim=True)
+    assert torch.allclose(normalizer.shift, 0.9 * before + 0.1 * other, atol=1e-6)
+    after = normalizer.shift.clone()
+    model.eval()(images())
+    assert torch.equal(normalizer.shift, after)
+
+
+def test_a_learned_normaliser_gets_no_gradient_to_speak_of():
+    """Normalising and its inverse cancel, whatever shift and scale are."""
+    model = build(model__normalize_latents=True, model__normalizer="learned").train()
+    (model(images())["rgb"] - images()).square().mean().backward()
+    norms = {name: parameter.grad.norm().item() for name, parameter in model.named_parameters()}
+    learned = {name: norm for name, norm in norms.items() if "latent_normalizer" in name}
+    assert len(learned) == 2 and max(learned.values()) < 1e-4 * norms["encoder.mean.weight"]
+
+
+def test_only_the_learned_normaliser_has_parameters():
+    plain = dict(build().named_parameters())
+    for mode in ("exact", "running", "loss"):
+        made = build(model__normalize_latents=True, model__normalizer=mode)
+        assert dict(made.named_parameters()).keys() == plain.keys()
+        assert all(torch.equal(made.state_dict()[name], value) for name, value in plain.items())
+
+
+def test_a_vae_normalises_what_it_returns_and_keeps_its_posterior_raw():
+    for latent in ("mean", "sample"):
+        model = build(model__normalize_latents=True, model__variational=True, model__latent=latent)
+        model.encoder.latent_normalizer.set_statistics(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]))
+        encoded = model.encode(images(), torch.Generator().manual_seed(1))
+        shift, scale = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1), torch.tensor([3.0, 4.0]).view(1, 2, 1, 1)
+        raw = draw(encoded["mu"], encoded["logvar"], torch.Generator().manual_seed(1)) if latent == "sample" \
+            else encoded["mu"]
+        assert torch.allclose(encoded["latent"], (raw - shift) / scale, atol=1e-6)
+        assert torch.allclose(model.mean_latent(encoded), (encoded["mu"] - shift) / scale, atol=1e-6)
