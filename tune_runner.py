@@ -11,7 +11,7 @@ import argparse
 import os
 import shlex
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from autoenc import data
 from autoenc.config import DataConfig
 from autoenc.errors import InputError, command, did_you_mean
 from autoenc.interrupts import Deadline, limited
-from autoenc.sweep import doors, export, inherit, live, plan, walltime
+from autoenc.sweep import doors, export, final, inherit, live, plan, walltime
 from autoenc.sweep.phase import Phase, conclude, decide_race, device_kind, open_phase, standing_decision, survey
 from autoenc.sweep.race import Race
 from autoenc.sweep.spec import Spec
@@ -183,7 +183,7 @@ class Runner:
             if said := StoreBudget(self.output, spec.name, spec.resources.store_gb).keep(lambda: decision,
                                                                                          emit=folder.emit):
                 self.console.print(f"! {said}", style="yellow", soft_wrap=True)
-        plan.show_decision(self.console, race, decision, winner, files)
+        plan.show_decision(self.console, race, decision, winner, files, self.remarks(phase, race, decision))
         return decision["winner"] is not None
 
     def train(self, phase: Phase, race: Race) -> None:
@@ -210,8 +210,11 @@ class Runner:
             with progress.shown():
                 run_ray.run(race, self.cluster, folder=phase.folder.path, output=self.output, deadline=self.deadline,
                             changed=changed, say=progress.say)
-        finally:
-            phase.folder.write_trials(race)
+        except BaseException:
+            with suppress(OSError):             # it may be what there is to tell
+                phase.folder.write_trials(race)
+            raise
+        phase.folder.write_trials(race)
 
     def stand(self, phase: Phase, named: bool) -> bool:
         """An unchanged, decided sweep: its tables are written from the store again, nothing is trained."""
@@ -228,7 +231,7 @@ class Runner:
             files = [folder.path / "best_config.yaml", self.report(phase, race, decision, winner)]
         if named:
             self.console.rule(f"[bold]{phase.spec.name}[/]: decided before, nothing to train", align="left")
-            plan.show_decision(self.console, race, decision, winner, files)
+            plan.show_decision(self.console, race, decision, winner, files, self.remarks(phase, race, decision))
         else:
             self.console.print(f"{phase.spec.name}: stands, winner {winner.provenance['arm']}")
         return True
@@ -238,8 +241,11 @@ class Runner:
 
         path = phase.folder.path / "report.html"
         write_report(path, race, decision, winner=winner, dataset_words=plan.data_in_words(phase.dataset),
-                     command=self.command_for(phase.spec))
+                     command=self.command_for(phase.spec), remarks=self.remarks(phase, race, decision))
         return path
+
+    def remarks(self, phase: Phase, race: Race, decision: dict[str, Any]) -> list[final.Remark]:
+        return final.remarks(race, export.winning_trial(race, decision), phase.parent, self.output)
 
     def join_cluster(self) -> None:
         """Start Ray, or join the cluster asked for, and see that every sweep's trials fit it."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -67,8 +67,16 @@ def _copied(value: Any) -> Any:
 
 
 def save_checkpoint(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
-    """Write a checkpoint whole."""
-    write_atomic(path, lambda file: torch.save(dict(content), file))
+    """Write a checkpoint whole. Raises OSError where it cannot be."""
+    def save(file: BinaryIO) -> None:
+        try:
+            torch.save(dict(content), file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):       # a full disk; torch tells of its own confusion over it
+                raise error.__context__ from None
+            raise
+
+    write_atomic(path, save)
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:

@@ -20,6 +20,8 @@ PER_SPLIT = {
 }
 ALONE = {
     "latent/mean": "min", "latent/std": "min", "latent/active_units": "max", "latent/smoothness": "min",
+    "latent/worst_mean": "min", "latent/worst_deviation": "min", "latent/worst_correlation": "min",
+    "latent/reconstruction_change": "min",
     "latent_size": "min", "parameters": "min",
     "train/grad_norm": "min", "train/spikes": "min", "beta": "max",
 }
@@ -27,7 +29,11 @@ MODES = {**{f"{split}/{name}": mode for split in ("train", "val") for name, mode
 
 WEIGHTED = ("train/loss", "val/loss")                    # change with the loss weights: no fair objective over them
 EITHER_WAY = ("latent/mean", "latent/std", "beta", "val/kl", "val/kl_nats", "train/kl", "train/kl_nats")
-AFTER_TRAINING = ("latent/smoothness",)                  # computed once, on the best weights of a completed trial
+# Of normalised latents over the training split: the channel farthest from mean 0, that from deviation 1, and the two
+# that tell most of each other; and what setting the statistics changed of the reconstructions.
+STANDARDIZED = ("latent/worst_mean", "latent/worst_deviation", "latent/worst_correlation",
+                "latent/reconstruction_change")
+AFTER_TRAINING = ("latent/smoothness", *STANDARDIZED)    # computed once, on the best weights of a completed trial
 MONITORED = tuple(name for name in MODES if name.startswith("val/"))
 
 

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,8 +32,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_atomic(path: str | os.PathLike, content: str | bytes | Callable[[BinaryIO], None]) -> None:
-    """Write a whole file beside its place, flush it to disk and rename it."""
-    with replacing(path) as beside, beside.open("wb") as file:
+    """Write a whole file beside its place, flush it to disk and rename it. Raises OSError that names the file."""
+    with _named(path), replacing(path) as beside, beside.open("wb") as file:
         if callable(content):
             content(file)
         else:
@@ -47,6 +48,11 @@ def append_line(path: str | os.PathLike, line: str) -> None:
     A last line that lacks its end (a kill) is ended first, so that only it is lost. Raises OSError where the line does
     not fit on the disk; then the file is as it was.
     """
+    with _named(path):
+        _append(path, line)
+
+
+def _append(path: str | os.PathLike, line: str) -> None:
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         size = os.fstat(descriptor).st_size
@@ -57,6 +63,25 @@ def append_line(path: str | os.PathLike, line: str) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _named(path: str | os.PathLike) -> Iterator[None]:
+    """A full disk does not say which file it has no room for, and a temporary name tells a person nothing."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+LEFTOVER = re.compile(r"\.(?!lease)\w.*\.[a-z0-9_]{8}")         # as mkstemp names what replacing() writes
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writers that were killed left beside the files. Nobody else may be writing there."""
+    for path in folder.glob(".*"):
+        if LEFTOVER.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def canonical_json(value: Any) -> str:

@@ -4,6 +4,7 @@
     metrics.csv     a row an epoch, appended
     status.json     where it stands, on what it ran
     latest.pt       everything to go on from; written first, so that all else can be derived from it
+    normalized_epoch_0007.pt   the same with the statistics of its latents set, where a sweep normalises them
     best_epoch_0007.pt   weights of the best epoch, and of the best within a budget that ended earlier
     best.pt         the same file as the best epoch's
     figures.json    figures computed once, on best weights
@@ -33,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 from autoenc import figures
 from autoenc.config import Config, flatten, make_config
 from autoenc.errors import InputError
-from autoenc.files import content_hash, replacing, write_atomic
+from autoenc.files import content_hash, remove_leftovers, replacing, write_atomic
 from autoenc.table import Row, append_row, csv_text, parse_rows, read_text
 from autoenc.yamlfile import dump_yaml
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from autoenc.train import EpochResult
 
 RESUME_KINDS = {"optimizer": dict, "scaler": dict, "rows": list, "best": int}      # of latest.pt, beside the model's
+FINISHED = "test/mse"                # the figure that shows that a final model was evaluated
 FORMAT = 1           # of trajectories; part of every key
 
 
@@ -100,6 +102,10 @@ def _best_epoch(rows: Sequence[Row], config: Config) -> int:
     return figures.best_epoch(values, figures.MODES[config.train.monitor])
 
 
+def _figures_name(epoch: int, normalized: bool) -> str:
+    return f"{epoch} normalized" if normalized else str(epoch)
+
+
 class Superseded(Exception):
     """Another one has taken this training over; raised by a ``guard``."""
 
@@ -125,21 +131,30 @@ class Trajectory:
             return {}
         return status if isinstance(status, dict) else {}
 
-    def figures(self, epoch: int) -> Row:
-        """The figures computed on the weights of this epoch (``latent/smoothness``), where they have been."""
+    def figures(self, epoch: int, normalized: bool = False) -> Row:
+        """The figures computed on the weights of this epoch after training (``latent/smoothness``), where they have
+        been; ``normalized``: with its latents normalised."""
         try:
-            return {str(key): float(value) for key, value in self._all_figures().get(str(epoch), {}).items()}
+            found = self._all_figures().get(_figures_name(epoch, normalized), {})
+            return {str(key): float(value) for key, value in found.items()}
         except (ValueError, AttributeError, TypeError):
             return {}
 
-    def weights(self, epoch: int) -> Path | None:
-        """The checkpoint with the weights of this epoch, where one is kept."""
-        path = self._weights_path(epoch)
+    def add_figures(self, epoch: int, found: Row, normalized: bool = False) -> None:
+        """Keep figures computed on the weights of an epoch, beside those there are."""
+        whole = {**self.figures(epoch, normalized), **found}
+        write_atomic(self.folder / "figures.json",
+                     json.dumps(self._all_figures() | {_figures_name(epoch, normalized): whole}))
+
+    def weights(self, epoch: int, normalized: bool = False) -> Path | None:
+        """The checkpoint with the weights of this epoch, where one is kept; ``normalized``: with the latents'
+        statistics set."""
+        path = self.weights_path(epoch, normalized)
         return path if path.is_file() else None
 
-    def whole_weights(self, epoch: int) -> Path | None:
+    def whole_weights(self, epoch: int, normalized: bool = False) -> Path | None:
         """The same, read to its end; a file that is broken is set aside."""
-        path = self.weights(epoch)
+        path = self.weights(epoch, normalized)
         try:
             if path is None or zipfile.ZipFile(path).testzip() is None:
                 return path
@@ -149,8 +164,13 @@ class Trajectory:
         path.replace(path.with_name(f"{path.name}.broken"))
         return None
 
-    def _weights_path(self, epoch: int) -> Path:
-        return self.folder / f"best_epoch_{epoch:04d}.pt"          # named by its epoch: never mistaken for another
+    def weights_path(self, epoch: int, normalized: bool = False) -> Path:
+        """Named by its epoch: never mistaken for another."""
+        return self.folder / f"{'normalized' if normalized else 'best'}_epoch_{epoch:04d}.pt"
+
+    def evaluation_path(self, epoch: int, normalized: bool = False) -> Path:
+        """The evaluation of the weights of an epoch, a JSON file."""
+        return self.weights_path(epoch, normalized).with_suffix(".evaluation.json")
 
     def train(self, config: Config, dataset: Dataset, device: str) -> Iterator[Row]:
         """Train from where the folder stands to the configuration's end; yields each new epoch's row, once on disk.
@@ -164,6 +184,7 @@ class Trajectory:
         from autoenc.train import Diverged, train
 
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
         write_atomic(self.folder / "config.yaml", dump_yaml({"config": config.nested()}))
         rows, resume = self._recover(config)
         seconds = sum(row["seconds"] for row in rows)
@@ -188,7 +209,7 @@ class Trajectory:
                 row = self._record(result, rows, best)
                 if result.improved:
                     if best in spare:
-                        self._weights_path(best).unlink(missing_ok=True)
+                        self.weights_path(best).unlink(missing_ok=True)
                     best = result.epoch
                     spare.add(best)
                 rows.append(row)
@@ -224,21 +245,6 @@ class Trajectory:
 
         settings = config.train.model_copy(update={"epochs": epochs, "patience": None})
         yield from train(config.model_copy(update={"train": settings}), dataset, device=device, resume=resume)
-
-    def measure(self, config: Config, dataset: Dataset, device: str, epoch: int) -> Row:
-        """Compute and keep the figures that need the finished model of an epoch (its weights must be kept)."""
-        from autoenc.checkpoint import load_model
-        from autoenc.metrics import smoothness
-
-        found = self.figures(epoch)
-        if "latent/smoothness" not in found:
-            path = self.weights(epoch)
-            if path is None:
-                raise FileNotFoundError(f"{self.folder}: the weights of epoch {epoch} are not kept")
-            images = dataset.images[dataset.splits["val"]]
-            found["latent/smoothness"] = smoothness(load_model(path, device=device), images)
-            write_atomic(self.folder / "figures.json", json.dumps(self._all_figures() | {str(epoch): found}))
-        return found
 
     def _all_figures(self) -> dict[str, Any]:
         try:
@@ -305,7 +311,7 @@ class Trajectory:
     def _save_weights(self, state: dict[str, Any]) -> Path:
         from autoenc.checkpoint import model_checkpoint, save_checkpoint
 
-        path = self._weights_path(state["epoch"])
+        path = self.weights_path(state["epoch"])
         save_checkpoint(path, model_checkpoint(state))
         return path
 

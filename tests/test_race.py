@@ -491,8 +491,8 @@ def test_figures_of_the_finished_model_are_waited_for(lab):
     here = lab({"A": 0.1}, decision={"within": 0.1, "prefer": [{"metric": "latent/smoothness"}]})
     here.store_epochs("A", 8)
     race = here.race()
-    assert race.needs_measuring() and not race.idle
     run = race.trials[0].run
+    assert race.wanted_after(run) == ("latent/smoothness",) and not race.idle
     assert race.missing_figures(run) == ["latent/smoothness"]
     (run.trajectory.folder / "figures.json").write_text(json.dumps({"8": {"latent/smoothness": 1.5}}))
     race = here.race()

@@ -158,14 +158,15 @@ def test_an_error_beside_the_training_itself_is_told_not_taken_for_a_dead_worker
 
     monkeypatch.setenv("AUTOENC_CACHE", str(tmp_path / "cache"))
     config = small_config(data__limit=40, train__epochs=2, train__patience=None)
-    task = Task(key="key", output=str(tmp_path), config=config.flat(), threads=1, device="cpu", measure=True)
+    task = Task(key="key", output=str(tmp_path), config=config.flat(), threads=1, device="cpu",
+                after=("latent/smoothness",))
     folder = Store(tmp_path).open("key").folder
     *epochs, outcome = work(task)
     assert [said["epoch"] for said in epochs] == [1, 2] and outcome == {"outcome": "completed"}
     (folder / "figures.json").unlink()
     (outcome,) = work(replace(task, device="nowhere"))
     assert outcome["outcome"] == "failed" and "RuntimeError" in outcome["note"]
-    assert "measure" in (folder / "traceback.txt").read_text()
+    assert "finish" in (folder / "traceback.txt").read_text()
 
     (folder / "latest.pt").unlink()
     (weights,) = folder.glob("best_epoch_*.pt")
@@ -184,7 +185,7 @@ def test_workers_on_one_trajectory_take_turns(tmp_path, monkeypatch):
 
     def worker(epochs: int):
         config = small_config(data__limit=40, train__epochs=epochs, train__patience=None)
-        return work(Task(key="key", output=str(tmp_path), config=config.flat(), threads=1, device="cpu", measure=False))
+        return work(Task(key="key", output=str(tmp_path), config=config.flat(), threads=1, device="cpu"))
 
     short, long, told = worker(3), worker(5), []
 

@@ -425,30 +425,6 @@ def test_a_folder_that_vanishes(tmp_path):
         next(rows)
 
 
-# Figures of the finished model ----------------------------------------------------------------------------------------
-
-def test_measure_once(whole, tmp_path):
-    trajectory = Trajectory(Path(shutil.copytree(whole.folder, tmp_path / "t")))
-    best = whole.status()["best_epoch"]
-    found = trajectory.measure(config_of(), DATASET, "cpu", best)
-    assert found["latent/smoothness"] >= 1 and trajectory.figures(best) == found
-    (trajectory.folder / "best.pt").unlink()
-    assert trajectory.measure(config_of(), DATASET, "cpu", best) == found           # kept, not computed again
-    with pytest.raises(FileNotFoundError, match="weights of epoch"):
-        trajectory.measure(config_of(), DATASET, "cpu", best - 1)
-
-
-def test_figures_of_one_epoch_leave_those_of_another(whole, tmp_path):
-    """A shorter and a longer budget have different best epochs."""
-    trajectory = train(tmp_path / "t", epochs=2)
-    short = trajectory.measure(config_of(2), DATASET, "cpu", trajectory.status()["best_epoch"])
-    best = trajectory.status()["best_epoch"]
-    train(tmp_path / "t")
-    assert trajectory.status()["best_epoch"] != best
-    long = trajectory.measure(config_of(), DATASET, "cpu", trajectory.status()["best_epoch"])
-    assert trajectory.figures(best) == short != long
-
-
 @pytest.mark.parametrize("content", ["", "[]", '{"4": 3}', '{"4": {"latent/smoothness": "x"}}', '{"4": {"latent/smoo'])
 def test_broken_figures_are_none(tmp_path, content):
     (tmp_path / "figures.json").write_text(content)

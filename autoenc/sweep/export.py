@@ -10,6 +10,7 @@ from typing import Any
 
 from autoenc.files import write_atomic
 from autoenc.sweep.decide import concession
+from autoenc.sweep.final import write_handoff
 from autoenc.sweep.inherit import Winner, parent_hashes, winner_hash
 from autoenc.sweep.race import Race
 from autoenc.sweep.standing import Trial
@@ -53,7 +54,8 @@ def missing_weights(race: Race, decision: Mapping[str, Any]) -> tuple[Trial, int
     if trial is None:
         return None
     epoch = int(race.figures_of(trial.run)["epoch"])
-    return (trial, epoch) if trial.run.trajectory.whole_weights(epoch) is None else None
+    normalized = trial.run.config.model.normalize_latents
+    return (trial, epoch) if trial.run.trajectory.whole_weights(epoch, normalized) is None else None
 
 
 def export(race: Race, decision: Mapping[str, Any], parent: Winner | None, fingerprint: str,
@@ -64,14 +66,28 @@ def export(race: Race, decision: Mapping[str, Any], parent: Winner | None, finge
     epoch = int(race.figures_of(trial.run)["epoch"])
     paths = [folder.path / f"{name}_checkpoint_best.pt", folder.path / f"{name}_checkpoint_latest.pt",
              folder.path / f"{name}_metrics.csv", folder.path / "best_config.yaml"]
-    copy_into(trajectory.weights(epoch), paths[0])
+    normalized = trial.run.config.model.normalize_latents
+    copy_into(trajectory.weights(epoch, normalized), paths[0])
     if (trajectory.folder / "latest.pt").is_file():
         copy_into(trajectory.folder / "latest.pt", paths[1])
     write_atomic(paths[2], csv_text(trial.run.rows))
     _export_samples(trajectory.folder / "samples", folder.path / "samples", len(trial.run.rows))
-    write_atomic(paths[3], dump_yaml({"config": trial.run.config.nested(),
+    if race.spec.final:
+        paths[3:3] = _export_final(race, trial, epoch, folder)
+    write_atomic(paths[-1], dump_yaml({"config": trial.run.config.nested(),
                                       "provenance": provenance(race, decision, parent, fingerprint)}))
     return [path for path in paths if path.exists()]
+
+
+def _export_final(race: Race, trial: Trial, epoch: int, folder: SweepFolder) -> list[Path]:
+    """What a finished model has beside: its weights as safetensors, its evaluation, and what hands it on."""
+    trajectory, normalized, name = trial.run.trajectory, trial.run.config.model.normalize_latents, race.spec.export_name
+    weights = folder.path / f"{name}_checkpoint_best.safetensors"
+    evaluation, handoff = folder.path / "evaluation.json", folder.path / "handoff.yaml"
+    copy_into(trajectory.weights_path(epoch, normalized).with_suffix(".safetensors"), weights)
+    copy_into(trajectory.evaluation_path(epoch, normalized), evaluation)
+    write_handoff(handoff, race, trial, evaluation)
+    return [weights, evaluation, handoff]
 
 
 def _export_samples(source: Path, target: Path, epochs: int) -> None:

@@ -225,9 +225,11 @@ class Winner:
 
 
 def winner_hash(settings: Mapping[str, Any]) -> str:
-    """Of a winning configuration; its data has a fingerprint of its own."""
+    """Of a winning configuration; its data has a fingerprint of its own. What is as it is by default stays out, so that a
+    setting that did not exist when a winner was decided makes nothing stale."""
+    default = Config().flat()
     return content_hash({key: value for key, value in settings.items()
-                         if not key.startswith("data.") and key not in WITHOUT_EFFECT})
+                         if not key.startswith("data.") and key not in WITHOUT_EFFECT and value != default[key]})
 
 
 def read_winner(folder: Path) -> Winner | None:

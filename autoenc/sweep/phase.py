@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoenc.config import Config, DataConfig, check_heads
+from autoenc.config import Config, DataConfig, check_heads, make_config
 from autoenc.errors import InputError
 from autoenc.sweep import export, inherit
 from autoenc.sweep.decide import decide
@@ -47,9 +47,11 @@ class Phase:
 
     def race(self, device_kind: str, emit: Callable[..., None] = lambda **event: None) -> Race:
         """The sweep's race as the store has it. Writes nothing unless ``emit`` does."""
-        fingerprint = self.dataset.fingerprint
+        fingerprint, parent = self.dataset.fingerprint, self.parent
 
         def key_of(config: Config) -> str:
+            if self.spec.takes_over and parent:          # wherever that was trained
+                return str(parent.provenance.get("trajectory"))
             return trajectory_key(config, fingerprint, device_kind)
 
         return Race(self.spec, self.start, self.arms, key_of=key_of, open_trajectory=self.store.open, emit=emit,
@@ -84,6 +86,8 @@ def open_phase(spec: Spec, output: Path, dataset_of: Callable[[DataConfig], Data
         parent = inherit.read_winner(output / str(read_sweep(spec.inherits).get("name")))
     start = inherit.starting_point(spec, parent.settings if parent else None)
     arms = inherit.arm_candidates(spec, start)
+    if spec.takes_over and parent:
+        _check_taken_over(spec, parent, arms[0].config)
     dataset = dataset_of((arms[0].config if arms else inherit.make_candidate(spec, start, "start", {}).config).data)
     if dataset is not None:
         for candidate in (*arms, *_ends(spec, start)):
@@ -98,6 +102,15 @@ def open_phase(spec: Spec, output: Path, dataset_of: Callable[[DataConfig], Data
     reasons = [broken] if broken else inherit.stale_reasons(spec, winner, parent,
                                                             dataset.fingerprint if dataset else None)
     return Phase(spec, output, parent, start, arms, dataset, reasons, winner, bool(broken))
+
+
+def _check_taken_over(spec: Spec, parent: Winner, config: Config) -> None:
+    """Raises :class:`InputError` where something is set that the parent's training would not have computed."""
+    theirs = make_config(parent.settings, f"{parent.sweep}/best_config.yaml")
+    if config.identity() != theirs.identity():
+        changed = {key: value for key, value in config.flat().items() if parent.settings.get(key) != value}
+        raise InputError(f"{spec.path}: start: parent takes the winner of {parent.sweep} as it was trained, and other "
+                         f"settings train another one: {', '.join(f'{k} {v}' for k, v in changed.items())}")
 
 
 def _ends(spec: Spec, start: dict[str, Any]) -> Iterator[Candidate]:

@@ -15,6 +15,7 @@ from rich.table import Table
 from autoenc.config import Config
 from autoenc.errors import InputError
 from autoenc.sweep.decide import compounded, number
+from autoenc.sweep.final import Remark
 from autoenc.sweep.inherit import Candidate, Winner
 from autoenc.sweep.race import Race
 from autoenc.sweep.spec import Spec
@@ -64,7 +65,8 @@ def show_plan(console: Console, spec: Spec, arms: Sequence[Candidate], parent: W
     if not any(arm.hypothesis for arm in arms):
         table.columns.pop()
     console.print(table)
-    budget = _budget(spec, arms, race, slots, seconds_per_epoch, free) if reasons else "decided: nothing to train"
+    budget = "decided: nothing to train" if not reasons else "nothing to train" if spec.takes_over else _budget(
+        spec, arms, race, slots, seconds_per_epoch, free)
     console.print(f"budget       {budget}")
     console.print("rule         " + rule_in_words(spec))
 
@@ -150,7 +152,7 @@ def rule_in_words(spec: Spec) -> str:
 
 
 def show_decision(console: Console, race: Race, decision: Mapping[str, Any], winner: Winner | None,
-                  files: Sequence[Path]) -> None:
+                  files: Sequence[Path], remarks: Sequence[Remark] = ()) -> None:
     """The decision in words: the table, the reasons, what was stopped, warnings, where the files are."""
     console.print()
     table = Table(box=None, pad_edge=False, header_style="bold", title=None)
@@ -190,6 +192,11 @@ def show_decision(console: Console, race: Race, decision: Mapping[str, Any], win
         names = ", ".join(f"{arm} ({100 * share:.2g}%)" for arm, share in late.items())
         console.print(f"[yellow]  ! still improving by more than {100 * margin:.2g}% over the last 3 epochs: "
                       f"{names}; more epochs may change the ranking[/]", highlight=False)
+    for remark in remarks:
+        if remark.warning:
+            console.print(f"[yellow]  ! {escape(remark.text)}[/]", highlight=False)
+        else:
+            console.print(f"  · {escape(remark.text)}", highlight=False)
     trained = sum(run.trained for run in race.runs.values())
     stored = sum(min(run.stored, len(run.rows)) for run in race.runs.values())
     spared = sum(run.config.train.epochs - len(run.rows) for run in race.runs.values() if run.state == "stopped")

@@ -22,6 +22,7 @@ from autoenc.files import write_atomic
 from autoenc.sweep import charts
 from autoenc.sweep.asha import excess
 from autoenc.sweep.decide import compounded, percent
+from autoenc.sweep.final import Remark
 from autoenc.sweep.inherit import Winner, read_winner
 from autoenc.sweep.plan import duration, improving_margin, rule_in_words
 from autoenc.sweep.race import Race
@@ -32,20 +33,20 @@ HERE = Path(__file__).parent
 
 
 def write_report(path: Path, race: Race, decision: Mapping[str, Any], *, winner: Winner | None, dataset_words: str,
-                 command: str) -> None:
+                 command: str, remarks: Sequence[Remark] = ()) -> None:
     """Write the page of a decided sweep, whole or not at all.
 
     ``decision``: the content of decision.json; ``winner``: what best_config.yaml holds, None where there is none;
-    ``dataset_words``: counts and size of the data; ``command``: what reproduces the sweep. Raises OSError where the
-    file cannot be written.
+    ``dataset_words``: counts and size of the data; ``command``: what reproduces the sweep; ``remarks``: on a finished
+    model. Raises OSError where the file cannot be written.
     """
     page = render(race, decision, winner=winner if decision["winner"] is not None else None,
-                  dataset_words=dataset_words, command=command, output=path.parent.parent)
+                  dataset_words=dataset_words, command=command, output=path.parent.parent, remarks=remarks)
     write_atomic(path, page.encode("utf-8", "replace"))
 
 
 def render(race: Race, decision: Mapping[str, Any], *, winner: Winner | None, dataset_words: str, command: str,
-           output: Path) -> str:
+           output: Path, remarks: Sequence[Remark] = ()) -> str:
     """The page as text. ``output``: the folder with all sweeps' folders, where the parents' winners are read."""
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
@@ -54,6 +55,7 @@ def render(race: Race, decision: Mapping[str, Any], *, winner: Winner | None, da
     drawn = charts.shown_trials(race, decision)
     return environment.get_template("report.html.jinja").render(
         spec=race.spec, decision=decision, winner=winner, command=command, data=dataset_words, colours=colours,
+        remarks=remarks,
         css=Markup((HERE / "report.css").read_text(encoding="utf-8")),
         plotly=Markup(_plotly()) if drawn else "",
         headline=headline(race, decision), rule=rule_in_words(race.spec), seeds=_seeds(decision),

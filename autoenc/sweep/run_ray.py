@@ -161,7 +161,7 @@ class _Driver:
 
     def task(self, run: Run) -> dict[str, Any]:
         return {"task": asdict(Task(key=run.key, output=self.output, config=run.config.flat(), threads=self.threads,
-                                    device=self.device, measure=self.race.needs_measuring(), keep=run.keep))}
+                                    device=self.device, after=self.race.wanted_after(run), keep=run.keep))}
 
     def next(self) -> Run | None:
         quickest = min((run.pace for run in self.race.runs.values() if run.pace), default=None)

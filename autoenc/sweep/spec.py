@@ -28,7 +28,7 @@ FIXED = re.compile(r"data\.|train\.seed$")            # scores on different data
 
 
 PARTIAL_KEYS = ("description", "config", *PARTS)                                # a preset, base.yaml
-SWEEP_KEYS = ("name", "inherits", "arms", "space", "export_name", *PARTIAL_KEYS)
+SWEEP_KEYS = ("name", "inherits", "start", "arms", "space", "export_name", *PARTIAL_KEYS)
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class Spec:
     objective: Measured
     decision: Decision
     resources: Resources
+    takes_over: bool = False
+    """``start: parent``: its one candidate is the parent's winner as it was trained, and nothing is trained"""
     ancestry: dict[str, Any] = field(default_factory=dict)
     """what the sweeps above fix, and their first arms set: stands in for a parent's winner that is not there yet"""
 
@@ -71,6 +73,11 @@ class Spec:
     def varied(self) -> tuple[str, ...]:
         """Every key that an arm or the space sets, in the file's order."""
         return tuple(dict.fromkeys([*(key for arm in self.arms.values() for key in arm.settings), *self.space]))
+
+    @property
+    def final(self) -> bool:
+        """Whether it varies nothing: what it leaves is a finished model, and the test split is read for its figures."""
+        return not self.arms and not self.space
 
     @property
     def trials(self) -> int:
@@ -88,6 +95,7 @@ class Spec:
             "search": self.search.model_dump(), "asha": self.asha.model_dump() if self.asha else False,
             "objective": {"metric": self.objective.metric, "mode": self.objective.direction},
             "decision": self.decision.model_dump(mode="json"),
+            **({"start": "parent"} if self.takes_over else {}),
         }
 
     @cached_property
@@ -175,8 +183,15 @@ def build_spec(path: Path, content: Mapping[str, Any], parent: Path | None, base
         found["arms"] = _read_arms(content.get("arms"), start, where)
     with faults.kept():
         found["space"] = parse_space(content.get("space"), str(path))
+    start_at = content.get("start")
+    if start_at not in (None, "parent"):
+        faults.said.append(f"{path}: start: {shown(start_at)} should be parent, or be left out")
+    elif start_at and (not parent or content.get("arms") or content.get("space")):
+        faults.said.append(f"{path}: start: parent takes the winner of a sweep that it inherits, and varies nothing "
+                           "(no arms, no space)")
     faults.tell()
     spec = Spec(path=path, description=content.get("description") or "", inherits=parent, base=dict(base.config),
+                takes_over=start_at == "parent",
                 config={key: start[key] for key in config}, ancestry=dict(ancestry), **found)
     _check(spec, start, where)
     return spec

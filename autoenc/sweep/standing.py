@@ -16,7 +16,7 @@ from autoenc.sweep.decide import Record
 from autoenc.sweep.inherit import Candidate
 from autoenc.sweep.spec import Spec
 from autoenc.table import Row
-from autoenc.trajectory import Trajectory, best_row, own_end
+from autoenc.trajectory import FINISHED, Trajectory, best_row, own_end
 
 ENDED = ("completed", "stopped", "diverged", "failed")
 
@@ -88,23 +88,31 @@ class Standing:
         row = best_row(run.rows[:epoch], run.config)
         if row is None:
             return {}
-        return {**row, **run.trajectory.figures(int(row["epoch"]))} if epoch is None else row
+        return {**row, **self._figures_after(run, row)} if epoch is None else row
 
     def missing_figures(self, run: Run) -> list[str]:
         """Figures that the rule reads and that are computed after training, where they have not been yet."""
         row = best_row(run.rows, run.config)
         if row is None:                          # the monitored figure is undefined: there is no best model to measure
             return []
-        return sorted(self._measured_after() - set(run.trajectory.figures(int(row["epoch"]))))
+        return sorted(self._measured_after(run) - set(self._figures_after(run, row)))
 
-    def needs_measuring(self) -> bool:
-        """Whether the rule reads figures that are computed after training."""
-        return bool(self._measured_after())
+    def wanted_after(self, run: Run) -> tuple[str, ...]:
+        """The figures of a run that are computed when its training is finished."""
+        return tuple(sorted(self._measured_after(run)))
 
-    def _measured_after(self) -> set[str]:
+    def _measured_after(self, run: Run) -> set[str]:
         rule = self.spec.decision
         asked = {self.spec.objective.metric, *(item.metric for item in (*rule.prefer, *rule.require))}
-        return asked & set(figures.AFTER_TRAINING)
+        asked &= set(figures.AFTER_TRAINING)
+        if not run.config.model.normalize_latents:
+            asked -= set(figures.STANDARDIZED)
+        else:
+            asked |= set(figures.STANDARDIZED)
+        return asked | ({FINISHED} if self.spec.final else set())
+
+    def _figures_after(self, run: Run, row: Row) -> Row:
+        return run.trajectory.figures(int(row["epoch"]), normalized=run.config.model.normalize_latents)
 
     def records(self) -> list[Record]:
         """What the decision reads: every trial as it ended."""

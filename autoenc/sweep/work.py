@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,7 +30,7 @@ class Task:
     config: dict[str, Any]             # by dotted key
     threads: int
     device: str                        # cpu or cuda
-    measure: bool                      # compute the figures of the finished model, too
+    after: tuple[str, ...] = ()        # figures to compute when it is finished
     keep: int | None = None            # an epoch whose weights must be there in the end
 
 
@@ -73,17 +74,30 @@ def _steps(task: Task, lock: SoftFileLease, trajectory: Trajectory, config: Conf
     outcome = _outcome(trajectory, config)
     if outcome["outcome"] == "completed":
         best = best_row(trajectory.rows(), config)               # None: the monitored figure is undefined throughout
-        measured = int(best["epoch"]) if task.measure and best else None
-        if measured is not None or task.keep is not None:
-            yield from _acquire(lock)
-            with _released(lock):
-                for epoch in {measured, task.keep} - {None}:
-                    if trajectory.whole_weights(epoch) is None:
-                        for row in trajectory.restore_weights(config, dataset, task.device, epoch):
-                            yield {"epoch": row["epoch"]}
-                if measured is not None:
-                    trajectory.measure(config, dataset, task.device, measured)
+        yield from _acquire(lock)
+        with _released(lock):
+            if task.keep is not None:
+                yield from _weights(task, trajectory, config, dataset, task.keep)
+            if task.after and best:
+                from autoenc.finish import finish
+
+                epoch = int(best["epoch"])
+                yield from _weights(task, trajectory, config, dataset, epoch)
+                finish(trajectory, config, dataset, task.device, epoch, task.after)
     yield outcome
+
+
+def _weights(task: Task, trajectory: Trajectory, config: Config, dataset: Any, epoch: int) -> Iterator[dict[str, Any]]:
+    """Have the weights of an epoch, trained once more where they are not kept."""
+    normalized = config.model.normalize_latents
+    if trajectory.whole_weights(epoch, normalized) is None:
+        if trajectory.whole_weights(epoch) is None:
+            for row in trajectory.restore_weights(config, dataset, task.device, epoch):
+                yield {"epoch": row["epoch"]}
+        if normalized:
+            from autoenc.finish import finish
+
+            finish(trajectory, config, dataset, task.device, epoch, ())
 
 
 def _train(lock: SoftFileLease, trajectory: Trajectory, config: Config, dataset: Any,
@@ -110,8 +124,10 @@ def _train(lock: SoftFileLease, trajectory: Trajectory, config: Config, dataset:
 
 def _acquire(lock: SoftFileLease) -> Iterator[dict[str, Any]]:
     """Take a lock; yields now and then who holds it meanwhile."""
-    wait = 0.0
+    wait, folder = 0.0, Path(lock.lock_file).parent
     while True:
+        if not folder.is_dir():              # the lock would make it anew, empty
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
         try:
             lock.acquire(timeout=wait)
             return

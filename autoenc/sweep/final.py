@@ -1,0 +1,112 @@
+"""What is to say of a finished model, and the file that hands it to what comes next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autoenc.errors import InputError
+from autoenc.files import write_atomic
+from autoenc.sweep.decide import number
+from autoenc.sweep.inherit import Winner, read_winner
+from autoenc.sweep.race import Race
+from autoenc.sweep.standing import Trial
+from autoenc.yamlfile import dump_yaml
+
+STANDARD = 1e-3             # how far from mean 0 and deviation 1 a channel of the training split may be
+
+
+@dataclass(frozen=True)
+class Remark:
+    text: str
+    warning: bool = False
+
+
+def remarks(race: Race, trial: Trial | None, parent: Winner | None, output: Path) -> list[Remark]:
+    """What a person should know of a sweep's winner (its ``trial``) as a finished model; nothing for a sweep that
+    varies something and normalises nothing."""
+    said: list[Remark] = []
+    if trial is not None and race.spec.final:
+        said += [*_end(race, trial), *_chain(race, trial, parent, output)]
+    for other in race.trials:
+        if other.run.config.model.normalize_latents and other.run.state == "completed":
+            said += _latents(race, other)
+    return said
+
+
+def _end(race: Race, trial: Trial) -> Iterator[Remark]:
+    run, settings = trial.run, trial.run.config.train
+    best = int(race.figures_of(run).get("epoch", 0))
+    if race.spec.takes_over:
+        yield Remark(f"taken over as it was trained, at epoch {best}: nothing was trained")
+    elif len(run.rows) < settings.epochs:
+        yield Remark(f"converged: {settings.patience} epochs without gain ended it at epoch {len(run.rows)} of at most "
+                     f"{settings.epochs}; the weights are those of the best one, {best}")
+    elif settings.patience is not None:
+        yield Remark(f"ran out of epochs: still within its patience at epoch {settings.epochs} (best: {best}); more "
+                     f"may help: --set {race.spec.name}:train.epochs={2 * settings.epochs}", warning=True)
+
+
+def _chain(race: Race, trial: Trial, parent: Winner | None, output: Path) -> Iterator[Remark]:
+    """Whether the objective is the best of all phases."""
+    metric, mode = race.spec.objective.metric, race.spec.objective.direction
+    own, above = race.score(trial.run), {}
+    names = [*(parent.provenance.get("parents") or {}), parent.sweep] if parent else []
+    for name in names:
+        try:
+            winner = read_winner(output / name)
+        except InputError:
+            continue
+        scores = (winner.provenance.get("scores") or {}) if winner else {}
+        if scores.get("metric") == metric and isinstance(scores.get("score"), int | float):
+            above[name] = scores["score"]
+    if not above:
+        return
+    name, best = (min if mode == "min" else max)(above.items(), key=lambda item: item[1])
+    if (own > best) if mode == "min" else (own < best):
+        yield Remark(f"{metric} {number(own)} is not the best of all phases: {name} reached {number(best)}",
+                     warning=True)
+    else:
+        yield Remark(f"{metric} {number(own)} is the best of all phases (before: {number(best)}, {name})")
+
+
+def _latents(race: Race, trial: Trial) -> Iterator[Remark]:
+    found, mode = race.figures_of(trial.run), trial.run.config.model.normalizer
+    worst = [found.get(f"latent/worst_{name}") for name in ("mean", "deviation", "correlation")]
+    if None in worst:
+        return
+    measured = (f"{trial.name}: over the training split every channel's mean is within {worst[0]:.2g} of 0, its "
+                f"standard deviation within {worst[1]:.2g} of 1")
+    if max(worst[:2]) > STANDARD:
+        why = (": shift and scale trained through normalising and its inverse cancel out, and get no gradient"
+               if mode == "learned" else "")
+        yield Remark(f"{measured}: not standardised{why}", warning=True)
+        return
+    yield Remark(f"{measured}; reconstructions changed by {found.get('latent/reconstruction_change', 0):.2g} at most; "
+                 f"two channels correlate by up to {worst[2]:.2f}: standardised is not yet N(0, I)")
+
+
+def handoff(race: Race, trial: Trial, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """What a latent diffusion model's configuration needs to know of a finished autoencoder."""
+    config, name = trial.run.config, race.spec.export_name
+    side = config.data.image_size // 2**config.model.downsampling_steps
+    channels = config.model.latent_channels
+    latents = evaluation.get("latents") or {}
+    return {
+        "checkpoint": f"{name}_checkpoint_best.pt", "weights": f"{name}_checkpoint_best.safetensors",
+        "image": {"height": config.data.image_size, "width": config.data.image_size, "channels": 3},
+        "latent": {"height": side, "width": side, "channels": channels,
+                   "normalized": config.model.normalize_latents},
+        "latents_mean": latents.get("mean"), "latents_std": latents.get("std"),
+        "unet": {"in_channels": channels, "out_channels": channels, "sample_size": side},
+        "psnr": {split: (evaluation.get(split) or {}).get("psnr") for split in ("val", "test")},
+        "latency": evaluation.get("latency"),
+    }
+
+
+def write_handoff(path: Path, race: Race, trial: Trial, evaluation: Path) -> None:
+    """Write handoff.yaml from an evaluation's JSON."""
+    write_atomic(path, dump_yaml(handoff(race, trial, json.loads(evaluation.read_text(encoding="utf-8")))))
