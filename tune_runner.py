@@ -44,6 +44,8 @@ def main(arguments: list[str]) -> int:
     named = {chain[-1].name for chain in chains}
     specs = in_order(chains)
     check_output(output)
+    for notice in dict.fromkeys(notice for spec in specs for notice in spec.notices):
+        print(f"note: {notice}", file=sys.stderr)
 
     limit = walltime.time_left(options.wall_time)
     if options.dry_run:

@@ -339,11 +339,16 @@ def absolute_paths(flat: Mapping[str, Any], folder: Path, where: str = "") -> di
 
 
 def load_config(path: str | Path) -> Config:
-    """Read one configuration: a ``best_config.yaml`` or any YAML file with ``config:`` or the sections themselves.
+    """Read one configuration: a ``best_config.yaml``, any YAML file with ``config:`` or the sections themselves, or an
+    experiment file of ImgiNav.
 
     Paths in it are relative to the file. Raises :class:`InputError`.
     """
+    from autoenc.interop import is_experiment, read_experiment  # which builds on this module
+
     content = read_yaml(path)
+    if is_experiment(content):
+        return make_config(read_experiment(content, Path(path)).settings, str(path))
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: should hold a configuration: config: {{data: …, model: …, loss: …, train: …}}")
     if any(key in content for key in ("name", "inherits", "arms", "space")):

@@ -276,6 +276,7 @@ def main(arguments: list[str]) -> int:
 
     from autoenc.config import load_config
     from autoenc.data import prepare
+    from autoenc.interop import check_counts, load_experiment
     from autoenc.trajectory import Trajectory, best_row, divergence, trajectory_key
 
     parser = argparse.ArgumentParser(prog="python -m autoenc.train",
@@ -285,8 +286,12 @@ def main(arguments: list[str]) -> int:
                         help="continued where it holds a part of this training")
     options = parser.parse_args(arguments)
 
-    config = load_config(options.config)
+    config, experiment = load_config(options.config), load_experiment(options.config)
+    for notice in experiment.notices if experiment else ():
+        print(f"note: {notice}", file=sys.stderr)
     dataset = prepare(config.data)
+    if experiment:
+        check_counts(experiment, len(dataset.classes), len(dataset.label_names))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trajectory = Trajectory(Path(options.output))
     key = trajectory_key(config, dataset.fingerprint, device)

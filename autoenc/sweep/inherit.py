@@ -16,6 +16,7 @@ from autoenc.checks import Faults, shown
 from autoenc.config import KEYS, SECTIONS, WITHOUT_EFFECT, Config, flatten, make_config
 from autoenc.errors import InputError, did_you_mean
 from autoenc.files import content_hash
+from autoenc.interop import is_experiment, read_experiment
 from autoenc.sweep.parts import PARTS, make_part
 from autoenc.sweep.spec import PARTIAL_KEYS, Layer, Spec, build_spec, read_layer, read_settings, read_sweep
 from autoenc.trajectory import FORMAT
@@ -132,6 +133,13 @@ def _follow(sweep: Path) -> tuple[list[tuple[Path, Mapping[str, Any]]], Layer]:
             raise InputError(f"{sweep}: inherits goes in a circle: {circle}")
         seen.append(real)
         content = read_sweep(path)
+        if is_experiment(content):
+            if not files:
+                raise InputError(f"{path}: is an experiment of ImgiNav, not a sweep: train it with python -m "
+                                 "autoenc.train, or name it in a sweep, as inherits: or as an arm (from:)")
+            experiment = read_experiment(content, path)
+            return files[::-1], Layer(str(path), config=experiment.settings, experiments=(experiment,),
+                                      notices=experiment.notices)
         if "name" not in content and files:                          # a partial file: the base of the chain
             return files[::-1], read_layer(content, path, PARTIAL_KEYS)
         files.append((path, content))
@@ -225,8 +233,8 @@ class Winner:
 
 
 def winner_hash(settings: Mapping[str, Any]) -> str:
-    """Of a winning configuration; its data has a fingerprint of its own. What is as it is by default stays out, so that a
-    setting that did not exist when a winner was decided makes nothing stale."""
+    """Of a winning configuration; its data has a fingerprint of its own. What is as it is by default stays out, so that
+    a setting that did not exist when a winner was decided makes nothing stale."""
     default = Config().flat()
     return content_hash({key: value for key, value in settings.items()
                          if not key.startswith("data.") and key not in WITHOUT_EFFECT and value != default[key]})

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoenc.config import Config, DataConfig, check_heads, make_config
 from autoenc.errors import InputError
+from autoenc.interop import check_counts
 from autoenc.sweep import export, inherit
 from autoenc.sweep.decide import decide
 from autoenc.sweep.inherit import Candidate, Winner
@@ -90,6 +91,8 @@ def open_phase(spec: Spec, output: Path, dataset_of: Callable[[DataConfig], Data
         _check_taken_over(spec, parent, arms[0].config)
     dataset = dataset_of((arms[0].config if arms else inherit.make_candidate(spec, start, "start", {}).config).data)
     if dataset is not None:
+        for experiment in spec.experiments:
+            check_counts(experiment, len(dataset.classes), len(dataset.label_names))
         for candidate in (*arms, *_ends(spec, start)):
             try:
                 check_heads(candidate.config, len(dataset.classes), len(dataset.label_names))

@@ -18,6 +18,7 @@ from autoenc.checks import Faults, shown
 from autoenc.config import WITHOUT_EFFECT, absolute_paths, check_values, flatten, make_config
 from autoenc.errors import InputError, did_you_mean
 from autoenc.files import content_hash
+from autoenc.interop import Experiment, as_arm, load_experiment
 from autoenc.sweep.parts import PARTS, Asha, Decision, Measured, Resources, Search, make_part
 from autoenc.sweep.space import Parameter, parse_space
 from autoenc.yamlfile import read_yaml
@@ -35,6 +36,8 @@ SWEEP_KEYS = ("name", "inherits", "start", "arms", "space", "export_name", *PART
 class Arm:
     settings: dict[str, Any]
     hypothesis: str = ""
+    experiment: Experiment | None = None            # the file it is taken from
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Layer:
     where: str
     config: dict[str, Any] = field(default_factory=dict)          # by dotted key
     parts: dict[str, Any] = field(default_factory=dict)           # section -> mapping, or False (asha)
+    experiments: tuple[Experiment, ...] = ()                      # an experiment file's
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,10 @@ class Spec:
     """``start: parent``: its one candidate is the parent's winner as it was trained, and nothing is trained"""
     ancestry: dict[str, Any] = field(default_factory=dict)
     """what the sweeps above fix, and their first arms set: stands in for a parent's winner that is not there yet"""
+    experiments: tuple[Experiment, ...] = ()
+    """the experiment files it is made of: the class counts that they declare must be those of the data"""
+    notices: tuple[str, ...] = ()
+    """what a person should know of how those were read"""
 
     @cached_property
     def varied(self) -> tuple[str, ...]:
@@ -180,7 +189,7 @@ def build_spec(path: Path, content: Mapping[str, Any], parent: Path | None, base
         with faults.kept():
             found[key] = _read_name(key, content, path)
     with faults.kept():
-        found["arms"] = _read_arms(content.get("arms"), start, where)
+        found["arms"] = _read_arms(content.get("arms"), start, path, where)
     with faults.kept():
         found["space"] = parse_space(content.get("space"), str(path))
     start_at = content.get("start")
@@ -190,6 +199,10 @@ def build_spec(path: Path, content: Mapping[str, Any], parent: Path | None, base
         faults.said.append(f"{path}: start: parent takes the winner of a sweep that it inherits, and varies nothing "
                            "(no arms, no space)")
     faults.tell()
+    above = () if parent else base.experiments
+    arms = found["arms"].values()
+    found["experiments"] = (*above, *(arm.experiment for arm in arms if arm.experiment))
+    found["notices"] = (*(() if parent else base.notices), *(notice for arm in arms for notice in arm.notices))
     spec = Spec(path=path, description=content.get("description") or "", inherits=parent, base=dict(base.config),
                 takes_over=start_at == "parent",
                 config={key: start[key] for key in config}, ancestry=dict(ancestry), **found)
@@ -208,7 +221,7 @@ def _read_name(key: str, content: Mapping[str, Any], path: Path) -> str:
     return name
 
 
-def _read_arms(raw: Any, start: Mapping[str, Any], where: str) -> dict[str, Arm]:
+def _read_arms(raw: Any, start: Mapping[str, Any], path: Path, where: str) -> dict[str, Arm]:
     if raw is None:
         return {}
     if not isinstance(raw, Mapping):
@@ -216,12 +229,12 @@ def _read_arms(raw: Any, start: Mapping[str, Any], where: str) -> dict[str, Arm]
     faults, arms = Faults(), {}
     for name, content in raw.items():
         with faults.kept():
-            arms[name] = _read_arm(name, content, start, where)
+            arms[name] = _read_arm(name, content, start, path.parent, where)
     faults.tell()
     return arms
 
 
-def _read_arm(name: Any, content: Any, start: Mapping[str, Any], where: str) -> Arm:
+def _read_arm(name: Any, content: Any, start: Mapping[str, Any], folder: Path, where: str) -> Arm:
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise InputError(f"{where}: arms: {shown(name)} should be a name of letters, digits, '.', '_' and '-'")
     where = f"{where}: arms.{name}"
@@ -231,9 +244,26 @@ def _read_arm(name: Any, content: Any, start: Mapping[str, Any], where: str) -> 
     hypothesis = settings.pop("hypothesis", "")
     if not isinstance(hypothesis, str):
         raise InputError(f"{where}: hypothesis: {shown(hypothesis)} should be text")
-    settings = flatten(settings, where)
+    experiment, taken, notices = None, {}, []
+    if "from" in settings:
+        experiment = _read_source(settings.pop("from"), folder, where)
+        taken, notices = as_arm(experiment, start)
+        notices = [*experiment.notices, *notices]
+    settings = {**taken, **flatten(settings, where)}
     typed = make_config({**start, **settings}, where).flat()
-    return Arm({key: typed[key] for key in settings}, hypothesis)
+    return Arm({key: typed[key] for key in settings}, hypothesis, experiment, tuple(notices))
+
+
+def _read_source(source: Any, folder: Path, where: str) -> Experiment:
+    if not isinstance(source, str) or not source:
+        raise InputError(f"{where}: from: {shown(source)} should be the path of an experiment file")
+    try:
+        experiment = load_experiment(folder / source)
+    except InputError as error:
+        raise InputError("\n".join(f"{where}: from: {line}" for line in str(error).split("\n"))) from None
+    if experiment is None:
+        raise InputError(f"{where}: from: {shown(source)} is no experiment file of ImgiNav")
+    return experiment
 
 
 def _check(spec: Spec, start: Mapping[str, Any], where: str) -> None:
