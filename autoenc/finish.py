@@ -3,9 +3,8 @@ latents, and for a final model its evaluation."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -60,8 +59,7 @@ def standardize(trajectory: Trajectory, config: Config, dataset: Dataset, device
     before = None
     if config.model.normalizer != "learned":
         with torch.no_grad():
-            normalizer.set_statistics(torch.zeros_like(normalizer.shift.flatten()),
-                                      torch.ones_like(normalizer.shift.flatten()))
+            normalizer.shift.zero_(), normalizer.log_scale.zero_()
         before = _statistics(model, dataset, "train")
         normalizer.set_statistics(before.mean.float().to(device), before.std.float().to(device))
     after = _statistics(model, dataset, "train")
@@ -108,24 +106,23 @@ def _statistics(model: Autoencoder, dataset: Dataset, split: str) -> LatentStati
 
 
 def evaluate_final(trajectory: Trajectory, config: Config, dataset: Dataset, device: str, epoch: int) -> Row:
-    """Evaluate the model of an epoch on val and test, and write the weights once more as safetensors. Returns the test
-    split's figures: those of a finished model are the only ones that read it."""
+    """Evaluate the model of an epoch on val and test; add the statistics of its latents to its checkpoint, under the
+    names by which diffusion libraries read them; write the weights once more as safetensors. Returns the test split's
+    figures: those of a finished model are the only ones that read it."""
     from safetensors.torch import save
 
-    from autoenc.evaluate import evaluate
+    from autoenc.evaluate import evaluate, json_text
 
     normalized = config.model.normalize_latents
-    path = trajectory.weights(epoch, normalized)
+    path = trajectory.weights_path(epoch, normalized)
     model = load_model(path, device=device)
-    found: dict[str, Any] = evaluate(model, dataset, config)
-    write_atomic(trajectory.evaluation_path(epoch, normalized), json.dumps(found, indent=1))
+    latents = _statistics(model, dataset, "train")
+    statistics = {"latents_mean": latents.mean.tolist(), "latents_std": latents.std.tolist()}
+    save_checkpoint(path, {**read_checkpoint(path), **statistics})
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     write_atomic(path.with_suffix(".safetensors"), save(state))
-    return {f"test/{name}": value for name, value in test_figures(found).items()}
-
-
-def test_figures(found: dict[str, Any]) -> Row:
-    """The plain numbers of an evaluation's test split; mse is NaN where there are no test images."""
-    plain = found.get("test") or {}
-    return {"mse": float("nan")} | {name: float(value) for name, value in plain.items()
-                                    if isinstance(value, int | float)}
+    found = {**statistics, **evaluate(model, dataset, config, pictures=path.with_suffix(".pictures"))}
+    write_atomic(trajectory.evaluation_path(epoch, normalized), json_text(found))
+    plain = {name: value for name, value in (found["test"] or {}).items()
+             if isinstance(value, int | float) and "/" not in name}
+    return {f"test/{name}": float(value) for name, value in {"mse": float("nan"), **plain}.items()}

@@ -139,7 +139,6 @@ def test_running_statistics_go_on_bit_for_bit(tmp_path):
 
 # A final model --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.skipif(not Path(__file__).parents[1].joinpath("autoenc/evaluate.py").exists(), reason="")
 def test_a_final_model_is_evaluated_on_the_test_split(plain, tmp_path):
     from safetensors.torch import load_file
 
@@ -150,7 +149,8 @@ def test_a_final_model_is_evaluated_on_the_test_split(plain, tmp_path):
     assert math.isfinite(found["test/mse"]) and found["test/psnr"] == pytest.approx(
         10 * math.log10(4 / found["test/mse"]))
     evaluation = json.loads(trajectory.evaluation_path(best).read_text())
-    assert evaluation
+    assert evaluation["test"]["mse"] == found["test/mse"] and len(evaluation["latents_mean"]) == 3
+    assert read_checkpoint(trajectory.weights(best))["latents_std"] == evaluation["latents_std"]
     state = load_file(trajectory.weights(best).with_suffix(".safetensors"))
     weights = read_checkpoint(trajectory.weights(best))["model"]
     assert state.keys() == weights.keys() and all(torch.equal(state[name], weights[name]) for name in state)

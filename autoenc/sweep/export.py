@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -87,14 +87,19 @@ def _export_final(race: Race, trial: Trial, epoch: int, folder: SweepFolder) -> 
     copy_into(trajectory.weights_path(epoch, normalized).with_suffix(".safetensors"), weights)
     copy_into(trajectory.evaluation_path(epoch, normalized), evaluation)
     write_handoff(handoff, race, trial, evaluation)
+    _copy_pictures(trajectory.weights_path(epoch, normalized).with_suffix(".pictures"), folder.path / "pictures")
     return [weights, evaluation, handoff]
 
 
 def _export_samples(source: Path, target: Path, epochs: int) -> None:
+    _copy_pictures(source, target, lambda name: int(name.removeprefix("epoch_")) <= epochs)
+
+
+def _copy_pictures(source: Path, target: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
-    for picture in sorted(source.glob("epoch_*.png")):
-        if int(picture.stem.removeprefix("epoch_")) <= epochs:
+    for picture in sorted(source.glob("*.png")):
+        if wanted(picture.stem):
             copy_into(picture, target / picture.name)
 
 

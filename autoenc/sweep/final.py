@@ -94,16 +94,15 @@ def handoff(race: Race, trial: Trial, evaluation: Mapping[str, Any]) -> dict[str
     config, name = trial.run.config, race.spec.export_name
     side = config.data.image_size // 2**config.model.downsampling_steps
     channels = config.model.latent_channels
-    latents = evaluation.get("latents") or {}
     return {
         "checkpoint": f"{name}_checkpoint_best.pt", "weights": f"{name}_checkpoint_best.safetensors",
         "image": {"height": config.data.image_size, "width": config.data.image_size, "channels": 3},
         "latent": {"height": side, "width": side, "channels": channels,
                    "normalized": config.model.normalize_latents},
-        "latents_mean": latents.get("mean"), "latents_std": latents.get("std"),
+        "latents_mean": evaluation["latents_mean"], "latents_std": evaluation["latents_std"],
         "unet": {"in_channels": channels, "out_channels": channels, "sample_size": side},
         "psnr": {split: (evaluation.get(split) or {}).get("psnr") for split in ("val", "test")},
-        "latency": evaluation.get("latency"),
+        "speed": evaluation["cost"].get("speed"),
     }
 
 

@@ -1,0 +1,80 @@
+"""What encoding and decoding take: operations, and time on this machine."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from autoenc.model import Autoencoder
+
+SECONDS = 1.0                # that one measurement may take, unless its fewest runs take longer
+WARM_UP, FEWEST, MOST = 2, 5, 200
+
+
+def flops(model: Autoencoder, image_size: int) -> dict[str, int]:
+    """Floating-point operations of encoding one image and of decoding its rgb: a multiply-add counts as two; of
+    convolutions and matrix products, which are nearly all."""
+    counted = {}
+    for name, work in _works(model, image_size, 1).items():
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            work()
+        counted[name] = counter.get_total_flops()
+    return counted
+
+
+def speed(model: Autoencoder, image_size: int, batch_sizes: tuple[int, ...]) -> dict[str, Any]:
+    """Time to encode and to decode (rgb) batches, in float32, data already on the device: the device's name, and by
+    batch size and work ``latency_ms`` of a batch {median, q1, q3}, ``images_per_second`` {median, q1, q3}, ``runs``."""
+    device = next(model.parameters()).device
+    found: dict[str, Any] = {"device": device_name(device), "threads": torch.get_num_threads(),
+                             "cuda": device.type == "cuda", "batches": {}}
+    for size in dict.fromkeys(batch_sizes):
+        with torch.inference_mode():
+            found["batches"][str(size)] = {name: _timed(work, device, size)
+                                           for name, work in _works(model, image_size, size).items()}
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """What a person calls the device: its model, where the system tells it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _works(model: Autoencoder, image_size: int, count: int) -> dict[str, Callable[[], Any]]:
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(0)
+    images = torch.rand(count, 3, image_size, image_size, device=device, generator=generator) * 2 - 1
+    with torch.no_grad():
+        latent = model.encode(images, generator)["latent"]
+    return {"encode": lambda: model.encode(images, generator), "decode": lambda: model.decode(latent, heads=("rgb",))}
+
+
+def _timed(work: Callable[[], Any], device: torch.device, count: int) -> dict[str, Any]:
+    def once() -> float:
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":            # the call returns before the GPU is done
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    for _ in range(WARM_UP):
+        once()
+    seconds, end = [], time.perf_counter() + SECONDS
+    while len(seconds) < FEWEST or (time.perf_counter() < end and len(seconds) < MOST):
+        seconds.append(once())
+    q1, median, q3 = np.percentile(seconds, (25, 50, 75)).tolist()
+    return {"latency_ms": {"median": 1e3 * median, "q1": 1e3 * q1, "q3": 1e3 * q3},
+            "images_per_second": {"median": count / median, "q1": count / q3, "q3": count / q1}, "runs": len(seconds)}
