@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from autoenc.interrupts import interrupted_by, take_signals
 
@@ -39,8 +40,9 @@ def command(main: Callable[[list[str]], int]) -> None:
         code = 2
     except KeyboardInterrupt:
         reason = interrupted_by()
-        print(f"interrupted{f' ({reason})' if reason else ''}: what was done is kept; go on with the same command: "
-              f"{shlex.join(sys.orig_argv)}", file=sys.stderr)
+        with suppress(OSError):             # the terminal may be what went
+            print(f"interrupted{f' ({reason})' if reason else ''}: what was done is kept; go on with the same command: "
+                  f"{shlex.join(sys.orig_argv)}", file=sys.stderr, flush=True)
         code = 130
     except BrokenPipeError:
         code = _reader_left()

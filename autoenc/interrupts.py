@@ -16,6 +16,7 @@ from typing import Any
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *WARNINGS)
 RESERVE = 20.0           # seconds before a limit at which everything is brought to its end, however far an epoch is
+ECHO = 0.1               # seconds in which the first signal comes twice: from the terminal, and passed on by a wrapper
 
 
 class Interrupted(KeyboardInterrupt):
@@ -71,9 +72,12 @@ def leave_warnings_to_us() -> None:
 
 
 def _end(number: int, frame: Any) -> None:
-    for other in SIGNALS:
-        if signal.getsignal(other) == _end:
-            signal.signal(other, signal.SIG_DFL)
+    ours = [other for other in SIGNALS if signal.getsignal(other) == _end]
+    for other in ours:
+        signal.signal(other, signal.SIG_IGN)
+    time.sleep(ECHO)
+    for other in ours:
+        signal.signal(other, signal.SIG_DFL)
     raise interrupt(f"by {signal.Signals(number).name}")
 
 

@@ -295,6 +295,7 @@ class Trajectory:
         row: Row = {"epoch": result.epoch, "seconds": round(result.seconds, 4), **result.metrics}
         state = result.state() | {"rows": [*before, row], "best": result.epoch if result.improved else best}
         self._save_latest(state)
+        self.guard()
         append_row(self.folder / "metrics.csv", row)
         if result.improved:
             self._save_best(state)

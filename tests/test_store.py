@@ -2,19 +2,29 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import re
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import Timeout
+from helpers import small_config
 from hypothesis import given
 from hypothesis import strategies as st
 from racing import KNOB, Lab, decision_of, put, row_of
 
 from autoenc.errors import InputError
-from autoenc.sweep.store import Store, SweepFolder, copy_into, move_aside
+from autoenc.sweep import store as store_module
+from autoenc.sweep.store import Store, SweepFolder, copy_into, move_aside, owner_in_words
 
 COLUMNS = ["trial", "arm", "seed", "status", "epochs", "epochs_trained", "best_epoch", "seconds", "device"]
 
@@ -148,6 +158,142 @@ def test_one_writer_at_a_time(tmp_path):
         pass
 
 
+LEASE = 2                # seconds, for these tests
+needs_root = pytest.mark.skipif(shutil.which("unshare") is None or os.geteuid() != 0,
+                                reason="makes another host of a process")
+
+
+@contextmanager
+def held_elsewhere(output: Path) -> Iterator[subprocess.Popen]:
+    """Another host has the sweep and a trajectory; it renews its claim as long as it lives."""
+    code = HOLD.replace("with", f"from autoenc.sweep import store\nstore.LEASE_SECONDS = {LEASE}\nwith", 1)
+    elsewhere = ["unshare", "--uts", "sh", "-c", 'hostname elsewhere && exec "$@"', "sh"]
+    with subprocess.Popen([*elsewhere, sys.executable, "-c", code, str(output)], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout.readline() == b"held\n"
+            yield other
+        finally:
+            other.kill()
+
+
+@needs_root
+def test_the_lock_of_another_host_is_respected_as_long_as_it_is_renewed(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "LEASE_SECONDS", LEASE)
+    with held_elsewhere(tmp_path) as other:
+        lock, began = Store(tmp_path).lock("key"), time.monotonic()
+        with pytest.raises(Timeout):
+            lock.acquire(timeout=0)
+        message = f"toy: process {other.pid} on elsewhere is writing here; wait until it has ended"
+        with pytest.raises(InputError, match=message), SweepFolder(tmp_path, "toy").writing():
+            pass
+        assert time.monotonic() - began > LEASE
+        with pytest.raises(Timeout):
+            lock.acquire(timeout=0)
+        assert owner_in_words(lock) == f"process {other.pid} on elsewhere"
+
+
+@needs_root
+def test_the_lock_of_a_dead_host_is_taken_over_once_its_lease_is_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "LEASE_SECONDS", LEASE)
+    with held_elsewhere(tmp_path) as other:
+        other.kill()
+        other.wait()
+        began = time.monotonic()
+        with SweepFolder(tmp_path, "toy").writing():
+            assert time.monotonic() - began >= LEASE
+
+
+IN_A_CONTAINER = """
+import subprocess, sys, time
+from pathlib import Path
+from autoenc.sweep.store import SweepFolder
+pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+with subprocess.Popen([sys.executable, "-c", sys.argv[2], sys.argv[1]], **pipes) as other:
+    assert other.stdout.readline() == b"held\\n"
+    began = time.monotonic()
+    try:
+        with SweepFolder(Path(sys.argv[1]), "toy").writing():
+            pass
+    except Exception as error:
+        print(round(time.monotonic() - began), error)
+"""
+
+
+@needs_root
+def test_a_process_of_the_same_container_is_known_to_live(tmp_path):
+    """There a lock's owner has more to its host than the name."""
+    done = subprocess.run(["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", IN_A_CONTAINER,
+                           str(tmp_path), HOLD], capture_output=True, text=True, timeout=30)
+    said = rf"[0-9] .*toy: process \d+ on {socket.gethostname()} is writing here; .*\n"
+    assert re.fullmatch(said, done.stdout), done.stdout + done.stderr
+
+
+WORKER = f"""
+import json, sys
+from autoenc.sweep import store
+from autoenc.sweep.work import Task, work
+store.LEASE_SECONDS = {LEASE}
+for said in work(Task(**json.loads(sys.argv[1]))):
+    print(json.dumps(said), flush=True)
+"""
+
+
+@contextmanager
+def worker(task: dict[str, Any]) -> Iterator[subprocess.Popen]:
+    arguments = [sys.executable, "-c", WORKER, json.dumps(task)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def rest(process: subprocess.Popen) -> list[dict[str, Any]]:
+    """What a worker says until its end."""
+    said = [json.loads(line) for line in process.stdout]
+    assert process.wait(30) == 0
+    return said
+
+
+def stored(said: list[dict[str, Any]]) -> list[int]:
+    return [each["epoch"] for each in said if "row" in each]
+
+
+@pytest.mark.parametrize("other_is", ["at work", pytest.param("through", marks=pytest.mark.slow)])
+def test_a_worker_that_was_suspended_overwrites_nothing(tmp_path, monkeypatch, other_is):
+    """Stopped within an epoch, for longer than its lease lasts: another one goes on, and it goes on from there."""
+    monkeypatch.setenv("AUTOENC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(store_module, "LEASE_SECONDS", LEASE)
+    epochs = 6
+    config = small_config(data__limit=200, train__epochs=epochs, train__patience=None)
+    task = {"key": "key", "output": str(tmp_path / "out"), "config": config.flat(), "threads": 1, "device": "cpu"}
+    with worker(task) as one:
+        first = json.loads(one.stdout.readline())
+        assert first["epoch"] == 1
+        lock = Store(tmp_path / "out").lock("key")
+        one.send_signal(signal.SIGSTOP)
+        while (owner := lock.owner) is None or owner.pid != one.pid:
+            one.send_signal(signal.SIGCONT)                  # it was between two epochs
+            assert one.poll() is None
+            one.send_signal(signal.SIGSTOP)
+        done = len(Store(tmp_path / "out").open("key").rows())
+        with worker(task) as other:
+            said = [json.loads(other.stdout.readline())]
+            while len(stored(said)) < 2:
+                said.append(json.loads(other.stdout.readline()))
+            said += rest(other) if other_is == "through" else []
+            one.send_signal(signal.SIGCONT)
+            said += rest(other)
+        mine = [first, *rest(one)]
+    assert said[-1] == mine[-1] == {"outcome": "completed"}
+    assert stored(mine)[:done] == list(range(1, done + 1)) and stored(said)[:2] == [done + 1, done + 2]
+    told = sorted((each["row"] for each in mine + said if "row" in each), key=lambda row: row["epoch"])
+    found = Store(tmp_path / "out").open("key")
+    assert told == found.rows() and len(told) == epochs              # each stored once, and as it was stored
+    assert found.whole_weights(found.status()["best_epoch"]) and not list(found.folder.glob("*.broken"))
+
+
 def test_an_output_that_is_a_file(tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(InputError, match="out"), SweepFolder(tmp_path / "out", "toy").writing():
@@ -183,6 +329,29 @@ def test_moving_aside(tmp_path):
     folder.set_aside()
     assert not folder.path.exists() and (tmp_path / "toy.old1" / "events.jsonl").is_file() and folder.events() == []
     move_aside(tmp_path / "nothing")
+
+
+def test_a_sweep_that_was_set_aside_links_to_its_own_trainings(lab, tmp_path):
+    """Not to those that are trained anew, nor to those that were set aside before. One stays where it was."""
+    for attempt in (1, 2, 3):
+        race = lab.run()
+        for run in race.runs.values():
+            (run.trajectory.folder / "attempt").write_text(str(attempt))
+        lab.folder.link_trials(race)
+        for trial in race.trials:
+            if (trial.name, attempt) != ("C_seed42", 2):
+                lab.store.set_aside(trial.run.key)
+        lab.folder.set_aside()
+        lab.folder.path.mkdir()
+    for attempt in (1, 2, 3):
+        links = {link.name: link for link in (tmp_path / f"toy.old{attempt}" / "trials").iterdir()}
+        assert len(links) == 6 and not any(link.readlink().is_absolute() for link in links.values())
+        if attempt == 2:
+            assert links.pop("C_seed42").readlink().suffix == ""
+        assert {(link / "attempt").read_text() for link in links.values()} == {str(attempt)}
+    shutil.rmtree(tmp_path / "toy.old1")
+    lab.folder.set_aside()
+    assert sorted(path.name for path in tmp_path.glob("toy.*old*")) == ["toy.old2", "toy.old3", "toy.old4"]
 
 
 def test_copies_are_whole(tmp_path):

@@ -68,8 +68,10 @@ def export(race: Race, decision: Mapping[str, Any], parent: Winner | None, finge
              folder.path / f"{name}_metrics.csv", folder.path / "best_config.yaml"]
     normalized = trial.run.config.model.normalize_latents
     copy_into(trajectory.weights(epoch, normalized), paths[0])
-    if (trajectory.folder / "latest.pt").is_file():
-        copy_into(trajectory.folder / "latest.pt", paths[1])
+    # What was taken over is finished: its last state is the one that is handed on.
+    latest = trajectory.weights(epoch, normalized) if race.spec.takes_over else trajectory.folder / "latest.pt"
+    if latest.is_file():
+        copy_into(latest, paths[1])
     write_atomic(paths[2], csv_text(trial.run.rows))
     _export_samples(trajectory.folder / "samples", folder.path / "samples", len(trial.run.rows))
     if race.spec.final:

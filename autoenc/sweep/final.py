@@ -102,8 +102,15 @@ def handoff(race: Race, trial: Trial, evaluation: Mapping[str, Any]) -> dict[str
         "latents_mean": evaluation["latents_mean"], "latents_std": evaluation["latents_std"],
         "unet": {"in_channels": channels, "out_channels": channels, "sample_size": side},
         "psnr": {split: (evaluation.get(split) or {}).get("psnr") for split in ("val", "test")},
-        "speed": evaluation["cost"].get("speed"),
+        "latency": _latency(evaluation["cost"].get("speed") or {}),
     }
+
+
+def _latency(speed: Mapping[str, Any]) -> dict[str, Any]:
+    """Of one image, median in milliseconds; evaluation.json has the spread, and larger batches."""
+    one = (speed.get("batches") or {}).get("1") or {}
+    return {"device": speed.get("device"), **{
+        f"{way}_ms": round(one[way]["latency_ms"]["median"], 3) for way in ("encode", "decode") if way in one}}
 
 
 def write_handoff(path: Path, race: Race, trial: Trial, evaluation: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -99,7 +100,8 @@ def check_space(spec: Spec, race: Race, slots: int, output: Path) -> None:
     begun = [run for run in race.runs.values() if not run.ended and not run.rows]
     sizes = sorted((parameters(run.config) for run in begun), reverse=True)
     # Beside what stays, each slot writes its next state beside the last one.
-    need = sum(sizes) * (STATE_BYTES + WEIGHTS_BYTES) + sum(sizes[:slots]) * STATE_BYTES
+    need = min(sum(sizes) * (STATE_BYTES + WEIGHTS_BYTES), 1e9 * (spec.resources.store_gb or math.inf)) \
+        + sum(sizes[:slots]) * STATE_BYTES
     free = free_space(output)
     if need > free:
         raise InputError(f"--output {output}: {megabytes(free)} free, and the checkpoints of {spec.name} need "
@@ -194,9 +196,9 @@ def show_decision(console: Console, race: Race, decision: Mapping[str, Any], win
                       f"{names}; more epochs may change the ranking[/]", highlight=False)
     for remark in remarks:
         if remark.warning:
-            console.print(f"[yellow]  ! {escape(remark.text)}[/]", highlight=False)
+            console.print(f"[yellow]  ! {escape(remark.text)}[/]", highlight=False, soft_wrap=True)
         else:
-            console.print(f"  · {escape(remark.text)}", highlight=False)
+            console.print(f"  · {escape(remark.text)}", highlight=False, soft_wrap=True)
     trained = sum(run.trained for run in race.runs.values())
     stored = sum(min(run.stored, len(run.rows)) for run in race.runs.values())
     spared = sum(run.config.train.epochs - len(run.rows) for run in race.runs.values() if run.state == "stopped")

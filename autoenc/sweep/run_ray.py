@@ -141,7 +141,7 @@ def run(race: Race, here: Cluster, *, folder: Path, output: Path, deadline: Dead
         shutil.rmtree(scratch, ignore_errors=True)
     if driver.broken:
         raise driver.broken
-    if driver.out_of_time:
+    if driver.out_of_time and not race.done:
         raise interrupt(f"{deadline.source} is nearly over")
 
 
@@ -164,9 +164,11 @@ class _Driver:
                                     device=self.device, after=self.race.wanted_after(run), keep=run.keep))}
 
     def next(self) -> Run | None:
-        quickest = min((run.pace for run in self.race.runs.values() if run.pace), default=None)
-        self.out_of_time = self.out_of_time or not self._time_for(quickest)
         if self.over:
+            return None
+        quickest = min((run.pace for run in self.race.runs.values() if run.pace), default=None)
+        self.out_of_time = not self._time_for(quickest)
+        if self.out_of_time:
             return None
         run = self.race.next()
         self.changed()
@@ -195,7 +197,7 @@ class _Driver:
             ends = self.race.report(run, row) is not None
         else:
             run.trained += 1                    # once more, for a checkpoint that is not kept
-        if not ends and not self._time_for(run.pace):
+        if not ends and not run.at_end and not self._time_for(run.pace):
             self.race.pause(run)
             self.out_of_time = ends = True
         self.changed()

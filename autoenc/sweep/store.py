@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import os
-import socket
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import SoftFileLease, Timeout
 
 from autoenc.errors import InputError
-from autoenc.files import append_line, replacing, write_atomic
+from autoenc.files import append_line, remove_leftovers, replacing, write_atomic
 from autoenc.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -35,7 +35,13 @@ def lease(path: Path) -> SoftFileLease:
 def owner_in_words(lock: SoftFileLease) -> str:
     """Who holds a lock: host and process."""
     owner = lock.owner
-    return f"process {owner.pid} on {owner.hostname.split('/')[0]}" if owner else "another process"
+    return f"process {owner.pid} on {owner.hostname.split('?')[0]}" if owner else "another process"
+
+
+def _this_host() -> str:
+    """This host as a lock's owner: in a container, with its process namespace behind the name."""
+    with tempfile.TemporaryDirectory() as folder, lease(Path(folder) / "lease") as lock:
+        return lock.owner.hostname
 
 
 class Store:
@@ -53,7 +59,15 @@ class Store:
         return lease(self.folder / key / ".lease")
 
     def set_aside(self, key: str) -> None:
-        """Move a trajectory out of the way (``--fresh``)."""
+        """Move a trajectory out of the way (``--fresh``). Raises :class:`InputError` where somebody trains it."""
+        if not (self.folder / key).is_dir():
+            return
+        lock = self.lock(key)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(f"{lock.lock_file}: {owner_in_words(lock)} trains here; wait until it has ended") from None
+        lock.release()
         move_aside(self.folder / key)
 
     def seconds_per_epoch(self, keys: Sequence[str]) -> float | None:
@@ -80,15 +94,16 @@ class SweepFolder:
                 lock.acquire(timeout=wait)
             except Timeout:
                 owner = lock.owner
-                if owner is None or owner.hostname.split("/")[0] == socket.gethostname():
+                if owner is None or owner.hostname == _this_host():
                     raise
-                lock.acquire(timeout=max(0, LEASE_SECONDS + 5 - wait))
+                lock.acquire(timeout=max(0, 1.25 * LEASE_SECONDS - wait))
         except Timeout:
             raise InputError(f"{self.path}: {owner_in_words(lock)} is writing here; wait until it has ended, or use "
                              "another --output") from None
         except OSError as error:
             raise InputError(f"{error.filename or self.path}: cannot be written: {error.strerror}") from None
         try:
+            remove_leftovers(self.path)
             yield
         finally:
             with suppress(OSError):          # the folder may be gone, and that is what is to be told
@@ -158,21 +173,35 @@ class SweepFolder:
         write_atomic(self.path / name, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
     def set_aside(self) -> None:
-        """Move the sweep's results out of the way (``--fresh``)."""
-        move_aside(self.path)
+        """Move the sweep's results out of the way (``--fresh``); its links follow trajectories that were before."""
+        aside = move_aside(self.path)
+        for link in aside.glob("trials/*") if aside else ():
+            if link.is_symlink() and not link.exists() and (moved := _asides(link.parent / link.readlink())):
+                target = link.readlink().with_name(moved[-1].name)
+                link.unlink()
+                link.symlink_to(target, target_is_directory=True)
 
 
 def _cell(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 
-def move_aside(path: Path) -> None:
-    """Rename a folder to the first free ``NAME.old1``, ``NAME.old2``, …; nothing happens where it does not exist."""
-    if path.exists():
-        number = 1
-        while (aside := path.with_name(f"{path.name}.old{number}")).exists():
-            number += 1
-        path.rename(aside)
+def move_aside(path: Path) -> Path | None:
+    """Rename a folder to ``NAME.old1``, ``NAME.old2``, …, the next number, and return it; None where there is none."""
+    if not path.exists():
+        return None
+    last = _asides(path)[-1:]
+    return path.rename(path.with_name(f"{path.name}.old{_number(last[0]) + 1 if last else 1}"))
+
+
+def _asides(path: Path) -> list[Path]:
+    """What stood at this path and was moved aside, the latest last."""
+    return sorted((aside for aside in path.parent.glob(f"{path.name}.old*") if _number(aside)), key=_number)
+
+
+def _number(aside: Path) -> int:
+    digits = aside.name.rpartition(".old")[2]
+    return int(digits) if digits.isdecimal() else 0
 
 
 def copy_into(source: Path, target: Path) -> None:

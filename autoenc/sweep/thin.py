@@ -2,14 +2,15 @@
 
 What goes first is what can be missed most easily: all checkpoints of trials that diverged or failed; then the optimiser
 states of those that lost and of further seeds, which only a longer budget would go on from; then their weights, which
-only another rule would export; last the states of trials that were stopped. A winner, what is as good by the rule, the
-baseline, a person's pick, and all that a sweep still works on, keep everything. Whatever goes can be had again, at the
-price of its epochs.
+only another rule would export; last all checkpoints of trials that were stopped. A winner, what is as good by the rule,
+the baseline, a person's pick, and all that a sweep still works on, keep everything. Whatever goes can be had again, at
+the price of its epochs.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,9 +18,11 @@ from typing import Any
 
 from filelock import Timeout
 
-from autoenc.sweep.store import Store
+from autoenc.sweep.store import Store, SweepFolder
 
-STATES, WEIGHTS = ("latest.pt*",), ("best.pt*", "best_epoch_*.pt*")
+STATES, WEIGHTS = ("latest.pt*",), ("best.pt*", "best_epoch_*", "normalized_epoch_*")
+TIERS = (({"broken"}, STATES + WEIGHTS), ({"broken", "lost"}, STATES), ({"broken", "lost"}, WEIGHTS),
+         ({"broken", "lost", "stopped"}, STATES + WEIGHTS))  # what goes of whom, what can be missed most first
 KEPT = ("winner", "best", "as good", "rule's choice")        # verdicts that a change of the rule may turn into a winner
 
 
@@ -35,8 +38,7 @@ class StoreBudget:
         self._sizes: dict[str, int] = {}
         self._told = False                   # that there is nothing left to give up
         if gigabytes is not None:
-            with suppress(OSError):
-                self._sizes = {folder.name: size_of(folder) for folder in self.store.folder.iterdir()}
+            self._measure()
 
     @property
     def size(self) -> int:
@@ -52,10 +54,14 @@ class StoreBudget:
         """
         if self.gigabytes is None:
             return ""
-        for key in [changed] if changed else list(self._sizes):
-            self._sizes[key] = size_of(self.store.folder / key)
-        limit, before, thinned = self.gigabytes * 1e9, self.size, set()
+        if changed is not None:
+            self._sizes[changed] = size_of(self.store.folder / changed)
+        limit = self.gigabytes * 1e9
+        if changed is None or self.size > limit:
+            self._measure()                                  # other sweeps train here, too, and give up
+        before, thinned = self.size, set()
         if before <= limit:
+            self._told = False
             return ""
         for key, patterns in self._expendable(decide()):
             if self.size <= limit:
@@ -64,7 +70,7 @@ class StoreBudget:
                 thinned.add(key)
         if not thinned and self._told:                       # nothing new
             return ""
-        self._told = True
+        self._told = self.size > limit
         said = f"the store held {before / 1e9:.3g} GB, more than resources.store_gb {self.gigabytes:g}"
         if thinned:
             emit(event="thinned", trajectories=sorted(thinned), bytes=before - self.size)
@@ -75,25 +81,27 @@ class StoreBudget:
                      "and their trainings away")
         return said
 
-    def _expendable(self, decision: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    def _measure(self) -> None:
+        with suppress(OSError):                              # no store yet
+            self._sizes = {folder.name: size_of(folder) for folder in self.store.folder.iterdir()}
+
+    def _expendable(self, decision: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...]]]:
         """(trajectory, patterns of files), what is missed least first, older ones first."""
-        uses = self._uses(decision)
+        try:
+            uses = self._uses(decision)
+        except OSError:                                      # what another sweep needs cannot be read
+            return []
         keys = sorted(self._sizes, key=lambda key: (_modified(self.store.folder / key), key))
-        for tier, wanted in enumerate(({"broken"}, {"lost", "broken"}, {"lost", "broken"}, {"stopped", "lost",
-                                                                                            "broken"})):
-            patterns = (STATES + WEIGHTS, STATES, WEIGHTS, STATES)[tier]
-            yield from ((key, patterns) for key in keys if uses.get(key, {"lost"}) <= wanted)
+        return [(key, patterns) for wanted, patterns in TIERS for key in keys if uses.get(key, {"lost"}) <= wanted]
 
     def _uses(self, own: Mapping[str, Any]) -> dict[str, set[str]]:
         """What the sweeps of the output folder think of each trajectory; none that no sweep links to."""
         uses: dict[str, set[str]] = {}
-        for links in self.output.glob("*/trials"):
-            folder = links.parent
-            decision = own if folder.name == self.name else _decision(folder)
+        for path in self.output.iterdir():
+            decision = own if path.name == self.name else _decision(SweepFolder(self.output, path.name))
             verdicts = _verdicts(decision) if decision else {}
-            for link in links.iterdir():
-                if link.is_symlink():
-                    uses.setdefault(link.readlink().name, set()).add(verdicts.get(link.name, "needed"))
+            for trial, key in _links(path / "trials"):
+                uses.setdefault(key, set()).add(verdicts.get(trial, "needed"))
         return uses
 
     def _remove(self, key: str, patterns: tuple[str, ...]) -> bool:
@@ -115,10 +123,11 @@ class StoreBudget:
 def size_of(folder: Path) -> int:
     """Bytes of all files below a folder; one that has several names there counts once."""
     files = {}
-    with suppress(OSError):                              # others write and rename here meanwhile
-        for path in folder.rglob("*"):
-            status = path.lstat()
-            files[status.st_ino] = status.st_size
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):                          # others write and rename here meanwhile
+                status = Path(where, name).lstat()
+                files[status.st_ino] = status.st_size
     return sum(files.values())
 
 
@@ -129,12 +138,22 @@ def _modified(folder: Path) -> float:
         return 0.0
 
 
-def _decision(folder: Path) -> dict[str, Any] | None:
-    """A sweep's decision; None where there is none, or where it is at work (or was, when it was killed)."""
-    if (folder / ".lease").exists():
+def _links(folder: Path) -> Iterator[tuple[str, str]]:
+    """(trial, trajectory) of a sweep; none in what is no sweep's folder. A link may go meanwhile."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        for link in folder.iterdir():
+            with suppress(FileNotFoundError):
+                if link.is_symlink():
+                    yield link.name, link.readlink().name
+
+
+def _decision(folder: SweepFolder) -> dict[str, Any] | None:
+    """A sweep's decision; None where it is at work, or was when it was killed or interrupted."""
+    last = next((event for event in reversed(folder.events()) if event.get("event") != "thinned"), {})
+    if (folder.path / ".lease").exists() or last.get("event") != "decided":
         return None
     try:
-        decision = json.loads((folder / "decision.json").read_text(encoding="utf-8"))
+        decision = json.loads((folder.path / "decision.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return decision if isinstance(decision, dict) else None
@@ -142,9 +161,10 @@ def _decision(folder: Path) -> dict[str, Any] | None:
 
 def _verdicts(decision: Mapping[str, Any]) -> dict[str, str]:
     """Trial -> needed, lost, stopped or broken."""
-    rule, found = decision.get("rule") or {}, {}
-    named = {rule.get("pick"), (rule.get("baseline") or {}).get("arm")}
+    found: dict[str, str] = {}
     with suppress(KeyError, TypeError, AttributeError):  # somebody's own idea of a decision: what is not told is needed
+        rule = decision["rule"]
+        named = {rule["pick"], (rule["baseline"] or {}).get("arm")}
         for row in decision["candidates"]:
             verdict = row["verdict"]
             use = ("needed" if verdict in KEPT or row["arm"] in named else "broken" if verdict in ("diverged", "failed")
