@@ -179,9 +179,11 @@ def _pictures_path(text: str | None, output: Path | None) -> Path | None:
 def _device(text: str | None) -> torch.device:
     try:
         device = torch.device(text or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in ("cpu", "cuda"):
+            raise InputError(f"--device: {text!r}: should be cpu or cuda")
         torch.zeros(1, device=device)
         return device
-    except (RuntimeError, AssertionError) as error:      # an unknown name, or torch built without that device
+    except (RuntimeError, AssertionError) as error:      # an unknown name, or no such device here
         raise InputError(f"--device: {text!r}: {str(error).splitlines()[0]}") from None
 
 

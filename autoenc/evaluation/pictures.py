@@ -16,7 +16,7 @@ from autoenc.model import Autoencoder
 from autoenc.samples import sample_picture
 
 COLUMNS = 8
-CELL = 96                    # smaller images are enlarged to about so many pixels
+CELL = 128                   # smaller images are enlarged to at most so many pixels
 GAP, LINE = 6, 18
 
 
@@ -46,9 +46,7 @@ def interpolations(found: Interpolation) -> Image.Image:
     for (first, last), points in zip(ends, between, strict=True):
         gap = np.full((first.shape[0], GAP, 3), 255, dtype=np.uint8)
         rows.append(np.concatenate([first, gap, *points, gap, last], axis=1))
-    picture = Image.fromarray(np.concatenate(rows))
-    factor = max(1, CELL // ends.shape[2])
-    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    picture = _enlarged(np.concatenate(rows), 2 * ends.shape[2])             # half as large: there are many in a row
     return _stacked([_titled(picture, f"image | decoded from {between.shape[1]} points of the straight line between "
                                       "the two latents | image")])
 

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from autoenc import figures
+
 SPLITS = ("val", "test")
 BASELINES = ("mean_image", "majority", "pca", "shuffled_latents")
 NARROW = 120
@@ -35,8 +37,10 @@ def print_tables(found: Mapping[str, Any]) -> None:
                   f"{found['model']['latent_size']:,})", markup=False)
     heads = [*(f"{split} ({counts[split]:,})" for split in splits), *(titles[name] for name in names)]
     columns = [*(found[split] for split in splits), *(baselines[name] for name in names)]
-    figures = dict.fromkeys(name for column in columns for name, value in column.items() if _is_number(value))
-    rows = [(name, [column.get(name) for column in columns]) for name in figures]
+    told = {name for column in columns for name, value in column.items() if isinstance(value, int | float)}
+    order = [*figures.PER_SPLIT, *figures.ALONE]
+    names_told = sorted(told, key=lambda name: (order.index(name) if name in order else len(order), name))
+    rows = [(name, [column.get(name) for column in columns]) for name in names_told]
     rows += [(name, [found["model"][name]] * len(splits)) for name in ("latent_size", "parameters")]
     _print(console, "figure", heads, rows)
 
@@ -59,12 +63,14 @@ def _baselines(found: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def _print_latents(console: Console, found: Mapping[str, Any], splits: Sequence[str]) -> None:
-    heads = [f"{split} {name}" for split in splits for name in ("mean", "±", "std", "±", "skewness", "kurtosis")]
-    parts = [found[split]["latent"][name] for split in splits
-             for name in ("mean", "mean_error", "std", "std_error", "skewness", "kurtosis")]
-    channels = len(parts[0])
-    _print(console, "latent channel", heads, [(str(channel), [part[channel] for part in parts])
-                                              for channel in range(min(channels, CHANNELS))])
+    heads = [name for split in splits for name in (f"{split} mean", f"{split} std", "skewness", "kurtosis")]
+    parts = [found[split]["latent"] for split in splits]
+    channels = len(parts[0]["mean"])
+    rows = [(str(channel), [text for part in parts for text in (
+        *(f"{part[name][channel]:.3f} ±{part[f'{name}_error'][channel]:.3f}" for name in ("mean", "std")),
+        *(f"{part[name][channel]:.2f}" for name in ("skewness", "kurtosis")))])
+        for channel in range(min(channels, CHANNELS))]
+    _print(console, "latent channel", heads, rows)
     if channels > CHANNELS:
         console.print(f"… and {channels - CHANNELS} channels more (see --json)")
     told = ", ".join(f"{split} {_shown(found[split]['latent']['largest_correlation'])}" for split in splits)
@@ -104,10 +110,6 @@ def _print(console: Console, title: str, heads: Sequence[str], rows: Sequence[tu
         grid.add_row(Text(name), *(Text(_shown(value)) for value in values))
     console.print()
     console.print(grid)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
 
 
 def _spread(part: Mapping[str, float]) -> str:
