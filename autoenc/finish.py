@@ -53,7 +53,9 @@ def standardize(trajectory: Trajectory, config: Config, dataset: Dataset, device
     """
     content = read_checkpoint(trajectory.weights_path(epoch))
     model = build_model(config, dataset)
-    model.load_state_dict(content["model"], strict=config.as_trained is config)      # else it lacks the normaliser
+    # Assigned, not copied: in another memory layout convolutions would round otherwise. What was trained without a
+    # normaliser lacks its statistics.
+    model.load_state_dict(content["model"], strict=config.as_trained is config, assign=True)
     model.to(device).eval()
     normalizer = model.encoder.latent_normalizer
     before = None
