@@ -9,12 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from autoenc.checkpoint import data_shapes, load_model, read_checkpoint
 from autoenc.config import Config, flatten, make_config
 from autoenc.data import SPLITS, Dataset, prepare
-from autoenc.errors import InputError, command, did_you_mean
+from autoenc.errors import InputError, command
 from autoenc.evaluation.baselines import fit_baselines, measure_baselines
 from autoenc.evaluation.cost import flops, speed
 from autoenc.evaluation.interpolation import interpolate
@@ -23,6 +21,7 @@ from autoenc.evaluation.splits import batch_size, latent_figures, latent_shape, 
 from autoenc.files import write_atomic
 from autoenc.latents import latent_statistics
 from autoenc.model import Autoencoder, count_parameters
+from autoenc.options import device_of, with_data_settings
 
 HELD_OUT = ("val", "test")
 
@@ -121,9 +120,9 @@ def main(arguments: list[str]) -> int:
     path = Path(options.checkpoint)
     output = None if options.json is None else _json_path(options.json)
     pictures = _pictures_path(options.pictures, output)
-    device = _device(options.device)
+    device = device_of(options.device)
     content = read_checkpoint(path)
-    config = _with_data(make_config(flatten(content["config"], f"{path}: config"), f"{path}: config"),
+    config = with_data_settings(make_config(flatten(content["config"], f"{path}: config"), f"{path}: config"),
                         options.settings)
     model = load_model(path, device)
     try:
@@ -174,31 +173,6 @@ def _pictures_path(text: str | None, output: Path | None) -> Path | None:
     if path.exists() and not path.is_dir():
         raise InputError(f"--pictures: {path}: is no folder")
     return path
-
-
-def _device(text: str | None) -> torch.device:
-    try:
-        device = torch.device(text or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type not in ("cpu", "cuda"):
-            raise InputError(f"--device: {text!r}: should be cpu or cuda")
-        torch.zeros(1, device=device)
-        return device
-    except (RuntimeError, AssertionError) as error:      # an unknown name, or no such device here
-        raise InputError(f"--device: {text!r}: {str(error).splitlines()[0]}") from None
-
-
-def _with_data(config: Config, settings: Sequence[str]) -> Config:
-    """The configuration with the data settings of ``--set``; paths in them are relative to the working directory."""
-    from autoenc.sweep.inherit import parse_override
-
-    flat = config.flat()
-    for text in settings:
-        override = parse_override(text)
-        if override.sweep is not None or not override.key.startswith("data."):
-            known = [key for key in flat if key.startswith("data.")]
-            raise InputError(f"--set {text}: only data.… can be set here{did_you_mean(override.key, known)}")
-        flat |= override.layer(Path.cwd()).config
-    return make_config(flat, f"--set {' '.join(settings)}") if settings else config
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def parse_rows(text: str) -> list[Row]:
     try:
         for cells in csv.reader(text.split("\n")[1:-1]):     # a last line without its end may lack digits: it is none
             row = {name: float(cell) for name, cell in zip(header, cells, strict=True) if cell != ""}
-            if row.get("epoch") != len(rows) + 1 or not row.get("seconds", -1) >= 0:
+            if row.get("epoch") != len(rows) + 1 or not 0 <= row.get("seconds", -1) < math.inf:
                 break
             rows.append(row | {"epoch": len(rows) + 1})
     except (ValueError, csv.Error):

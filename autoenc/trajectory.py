@@ -16,6 +16,7 @@ Reading needs no torch; only training does.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -25,7 +26,6 @@ import shutil
 import socket
 import traceback
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -36,13 +36,15 @@ from autoenc.config import Config, flatten, make_config
 from autoenc.errors import InputError
 from autoenc.files import content_hash, remove_leftovers, replacing, write_atomic
 from autoenc.table import Row, append_row, csv_text, parse_rows, read_text
-from autoenc.yamlfile import dump_yaml
+from autoenc.yamlfile import UNWRITABLE, dump_yaml
 
 if TYPE_CHECKING:
     from autoenc.data import Dataset
     from autoenc.train import EpochResult
 
 RESUME_KINDS = {"optimizer": dict, "scaler": dict, "rows": list, "best": int}      # of latest.pt, beside the model's
+STATUS_KINDS = {"state": str, "failed": str, "device": str, "device_name": str, "threads": int, "versions": dict,
+                "diverged": {"epoch": int, "step": int, "what": str}}              # of status.json: what others read
 FINISHED = "test/mse"                # the figure that shows that a final model was evaluated
 FORMAT = 1           # of trajectories; part of every key
 
@@ -93,7 +95,33 @@ def failure(error: Exception, config: Config) -> str:
 
 def _are_rows(rows: list[Any], epochs: int) -> bool:
     """Whether these are the rows of so many epochs."""
-    return all(isinstance(row, dict) for row in rows) and len(parse_rows(csv_text(rows))) == len(rows) == epochs
+    plain = all(isinstance(row, dict) and all(isinstance(name, str) and type(value) in (int, float)
+                                              for name, value in row.items()) for row in rows)
+    return plain and len(parse_rows(csv_text(rows))) == len(rows) == epochs
+
+
+def _is_whole(archive: Path) -> bool:
+    """Whether a checkpoint can be read to its end and agrees with its checksums, at which torch does not look."""
+    try:
+        with zipfile.ZipFile(archive) as file:
+            return file.testzip() is None
+    except OSError as error:
+        if error.errno not in (None, errno.EINVAL):          # these are zipfile's: an offset that leads nowhere
+            raise
+        return False
+    except Exception:                            # what else it raises for a broken file is of a dozen kinds
+        return False
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    """Whether a value out of a JSON file is of a kind: a type (dict: of texts), or a mapping of kinds."""
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(_is_of(each, value.get(key)) for key, each in kind.items())
+    if kind is dict:
+        return isinstance(value, dict) and all(_is_of(str, text) for item in value.items() for text in item)
+    if kind is str:
+        return isinstance(value, str) and not UNWRITABLE.search(value)
+    return type(value) is kind is float or (type(value) is int and 0 <= value < 2**63)
 
 
 def _best_epoch(rows: Sequence[Row], config: Config) -> int:
@@ -124,27 +152,23 @@ class Trajectory:
         return parse_rows(read_text(self.folder / "metrics.csv"))
 
     def status(self) -> dict[str, Any]:
-        """``state`` (training, completed, diverged, failed), epochs, best epoch, device, versions; {} where none is."""
-        try:
-            status = json.loads(read_text(self.folder / "status.json"))
-        except ValueError:
-            return {}
-        return status if isinstance(status, dict) else {}
+        """``state`` (training, completed, diverged, failed), epochs, best epoch, device, versions; {} where none is.
+        What is not of its kind is left out."""
+        return {key: value for key, value in self._read_json("status.json").items()
+                if key not in STATUS_KINDS or _is_of(STATUS_KINDS[key], value)}
 
     def figures(self, epoch: int, normalized: bool = False) -> Row:
         """The figures computed on the weights of this epoch after training (``latent/smoothness``), where they have
         been; ``normalized``: with its latents normalised."""
-        try:
-            found = self._all_figures().get(_figures_name(epoch, normalized), {})
-            return {str(key): float(value) for key, value in found.items()}
-        except (ValueError, AttributeError, TypeError):
-            return {}
+        found = self._read_json("figures.json").get(_figures_name(epoch, normalized))
+        return {name: float(value) for name, value in (found.items() if isinstance(found, dict) else ())
+                if _is_of(float, value) and (name in figures.AFTER_TRAINING or name.startswith("test/"))}
 
     def add_figures(self, epoch: int, found: Row, normalized: bool = False) -> None:
         """Keep figures computed on the weights of an epoch, beside those there are."""
         whole = {**self.figures(epoch, normalized), **found}
         write_atomic(self.folder / "figures.json",
-                     json.dumps(self._all_figures() | {_figures_name(epoch, normalized): whole}))
+                     json.dumps(self._read_json("figures.json") | {_figures_name(epoch, normalized): whole}))
 
     def weights(self, epoch: int, normalized: bool = False) -> Path | None:
         """The checkpoint with the weights of this epoch, where one is kept; ``normalized``: with the latents'
@@ -155,11 +179,8 @@ class Trajectory:
     def whole_weights(self, epoch: int, normalized: bool = False) -> Path | None:
         """The same, read to its end; a file that is broken is set aside."""
         path = self.weights(epoch, normalized)
-        try:
-            if path is None or zipfile.ZipFile(path).testzip() is None:
-                return path
-        except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, zlib.error):
-            pass
+        if path is None or _is_whole(path):
+            return path
         self.warn(f"{path}: is broken; set aside, its weights are trained again")
         path.replace(path.with_name(f"{path.name}.broken"))
         return None
@@ -246,10 +267,11 @@ class Trajectory:
         settings = config.train.model_copy(update={"epochs": epochs, "patience": None})
         yield from train(config.model_copy(update={"train": settings}), dataset, device=device, resume=resume)
 
-    def _all_figures(self) -> dict[str, Any]:
+    def _read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file's mapping; {} where it is broken, nested beyond reason, or not there."""
         try:
-            content = json.loads(read_text(self.folder / "figures.json"))
-        except ValueError:
+            content = json.loads(read_text(self.folder / name))
+        except (ValueError, RecursionError):
             return {}
         return content if isinstance(content, dict) else {}
 
@@ -278,9 +300,12 @@ class Trajectory:
         if not path.is_file():
             return None
         try:
+            if not _is_whole(path):
+                raise InputError(f"{path}: is broken")
             content = read_checkpoint(path)
             wrong = [key for key, kind in RESUME_KINDS.items() if not isinstance(content.get(key), kind)]
-            if wrong or not _are_rows(content["rows"], content["epoch"]):
+            if (wrong or content["best"] not in range(content["epoch"] + 1)
+                    or not _are_rows(content["rows"], content["epoch"])):
                 raise InputError(f"{path}: {', '.join(wrong) or 'rows'}: not what going on from it takes")
             if make_config(flatten(content["config"], str(path)), str(path)).identity() != config.identity():
                 raise InputError(f"{path}: config: is another training's")

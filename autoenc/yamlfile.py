@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,9 +19,10 @@ from autoenc.errors import InputError
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
+MAX_VALUES = 30_000                     # a few seconds
 MAX_DIGITS = 300                        # of an integer
 
-_UNWRITABLE = re.compile(r"[\x00\ud800-\udfff]")
+UNWRITABLE = re.compile(r"[\x00\ud800-\udfff]")
 _LINE_ENDS = re.compile(r"[\r\x85\u2028\u2029]")
 
 # YAML 1.2's core schema, in plain decimal: tag -> the words that are no text, and their possible first characters.
@@ -39,7 +41,7 @@ def _fault(problem: str, mark: Any) -> yaml.MarkedYAMLError:
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict] = {}
-    depth = 0
+    depth = values = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
@@ -47,6 +49,9 @@ class _Loader(yaml.SafeLoader):
             raise _fault(f"alias *{event.anchor} is not allowed", event.start_mark)
         if event.tag is not None:
             raise _fault(f"tag {event.tag!r} is not allowed", event.start_mark)
+        self.values += 1
+        if self.values > MAX_VALUES:
+            raise _fault(f"more than {MAX_VALUES:,} values", event.start_mark)
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise _fault(f"nested deeper than {MAX_DEPTH} levels", event.start_mark)
@@ -61,7 +66,7 @@ class _Loader(yaml.SafeLoader):
         return int(node.value)
 
     def construct_text(self, node: yaml.ScalarNode) -> str:
-        if _UNWRITABLE.search(node.value):
+        if UNWRITABLE.search(node.value):
             raise _fault("a text with a character that no file name or UTF-8 text can hold", node.start_mark)
         return node.value
 
@@ -115,6 +120,9 @@ def read_yaml(path: str | os.PathLike) -> Any:
     """The value in a YAML file; an empty file is None. Raises :class:`InputError`, also when it cannot be read."""
     path = Path(path)
     try:
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):          # reading a pipe would wait for its writer
+            raise InputError(f"{path}: not a regular file")
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:

@@ -50,6 +50,7 @@ def describe(dataset: Dataset, source: str) -> None:
     """Print what the data holds, per part of the split."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console(highlight=False, soft_wrap=True)
     count, height, width = dataset.images.shape[:3]
@@ -64,7 +65,7 @@ def describe(dataset: Dataset, source: str) -> None:
         for column in grid.columns[1:]:
             column.justify = "right"
         for name, cells in rows:
-            grid.add_row(name, *cells)
+            grid.add_row(Text(name if name.isprintable() else repr(name)), *cells)
         console.print()
         console.print(grid)
 

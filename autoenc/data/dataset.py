@@ -15,7 +15,7 @@ import numpy as np
 from autoenc.config import DataConfig
 from autoenc.data import cache, layouts
 from autoenc.data.images import BrokenImage, decode, probe, workers
-from autoenc.data.listing import Item, Listing, read_listing
+from autoenc.data.listing import Item, Listing, read_listing, told
 from autoenc.data.palette import read_palette
 from autoenc.errors import InputError
 from autoenc.files import canonical_json
@@ -164,8 +164,8 @@ def _key(content: dict[str, Any]) -> str:
 
 
 def _note(listing: Listing, item: Item, problem: BrokenImage) -> None:
-    shown = f"{item.name}: {problem}" if item.row is None else f"row {item.row}: {item.name}: {problem}"
-    listing.problems.append((item.row or 0, shown))
+    row = "" if item.row is None else f"row {item.row}: "
+    listing.problems.append((item.row or 0, f"{row}{told(item.name)}: {problem}"))
 
 
 def _each(items: Sequence[Item], work: Callable[[Item], T], threads: int = 1) -> Iterator[tuple[Item, T | BrokenImage]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from autoenc.checks import shown
 from autoenc.config import DataConfig
 from autoenc.data.images import EXTENSIONS
 from autoenc.errors import InputError, did_you_mean
@@ -83,11 +84,15 @@ def read_listing(data: DataConfig) -> Listing:
         except (OSError, ValueError) as error:      # ValueError: a NUL in the path
             missing = isinstance(error, FileNotFoundError)
             said = "no such file" if missing else getattr(error, "strerror", None) or str(error)
-            shown = name if name.strip() and name.isprintable() else repr(name)
-            listing.problems.append((position, f"{prefix}{shown}: {said}"))
+            listing.problems.append((position, f"{prefix}{told(name)}: {said}"))
     if not listing.problems and len(listing.items) < FEWEST:
         raise InputError(f"{where}: only {len(listing.items)} images to use; at least {FEWEST} are needed")
     return listing
+
+
+def told(name: str) -> str:
+    """A path as a message shows it."""
+    return name if name.strip() and name.isprintable() and len(name) <= 500 else shown(name)
 
 
 Entry = tuple[str, "str | None", "int | None"]      # name, label, row
@@ -126,19 +131,20 @@ def _manifest_entries(data: DataConfig, where: Path, listing: Listing) -> list[E
     if seen == 0:
         raise InputError(f"{where}: has a header but no rows")
     if not entries and not listing.problems:
-        held = "; ".join(f"{columns[at]} holds " + ", ".join(f"{value!r} ({n}×)" for value, n in count.most_common(5))
-                         for (at, _), count in zip(filters, values, strict=True))
+        held = "; ".join(f"{columns[at]} holds " + ", ".join(
+            f"{shown(value)} ({n}×)" for value, n in count.most_common(5))
+            for (at, _), count in zip(filters, values, strict=True))
         raise InputError(f"{where}: data.filters: {data.filters} keeps none of {seen} rows: {held}")
     return entries
 
 
 def _csv_rows(where: Path) -> Iterator[tuple[int, list[str]]]:
     """(line number, cells) of every record. Raises :class:`InputError` for what is no readable CSV text."""
-    if where.is_dir():
+    if os.path.isdir(where):      # noqa: PTH112 - Path's raise for names that are too long
         raise InputError(f"{where}: data.manifest is a folder; data.source: folder reads one")
     row = 0
     try:
-        if not where.is_file() and where.exists():
+        if os.path.exists(where) and not os.path.isfile(where):      # noqa: PTH110, PTH113
             raise InputError(f"{where}: data.manifest: not a regular file")
         with where.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
@@ -159,7 +165,8 @@ def _check_columns(data: DataConfig, where: Path, columns: Sequence[str], label_
     needed = [("data.image_column", data.image_column), *(("data.filters", name) for name in data.filters)]
     if label_column is not None:
         needed.append(("data.label_column", label_column))
-    faults = [f"{where}: {key}: there is no column {name!r}{did_you_mean(name, columns)}"
+    likely = [column for column in columns if len(column) <= 80 and column.isprintable()]
+    faults = [f"{where}: {key}: there is no column {name!r}{did_you_mean(name, likely)}"
               for key, name in needed if name not in columns]
     faults += [f"{where}: {key}: column {name!r} is there twice" for key, name in needed if columns.count(name) > 1]
     if faults:
@@ -182,8 +189,9 @@ def _equal(cell: str, value: str | bool | int | float | None) -> bool:
 
 def _folder_entries(where: Path) -> list[Entry]:
     """All images below a folder by path; the label is the sub-folder of the first level."""
-    if not where.is_dir():
-        what = "a file; data.source: manifest reads one" if where.exists() else "no such folder"
+    if not os.path.isdir(where):      # noqa: PTH112
+        there = os.path.exists(where)      # noqa: PTH110
+        what = "a file; data.source: manifest reads one" if there else "no such folder"
         raise InputError(f"{where}: data.manifest: {what}")
     unreadable: list[OSError] = []
     names = []

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from autoenc.checks import shown
 from autoenc.errors import InputError, did_you_mean
 from autoenc.yamlfile import read_yaml
 
@@ -52,21 +53,22 @@ def read_palette(path: str, tolerance: float) -> Palette:
     by_index: dict[int, tuple[str, tuple[int, ...]]] = {}
     by_colour: dict[tuple[int, ...], str] = {}
     for name, entry in content.items():
-        wrong = _faults(name, entry)
+        said = name if isinstance(name, str) and name.isprintable() and len(name) <= 80 else shown(name)
+        wrong = [f"{said}: {fault}" for fault in _faults(name, entry)]
         faults += wrong
         if wrong:
             continue
         colour, index = tuple(entry["rgb"]), entry["class_index"]
         if colour in by_colour:
-            faults.append(f"{name}: rgb {list(colour)} is also that of {by_colour[colour]}")
+            faults.append(f"{said}: rgb {list(colour)} is also that of {by_colour[colour]}")
         if index in by_index:
-            faults.append(f"{name}: class_index {index} is also that of {by_index[index][0]}")
-        by_colour.setdefault(colour, name)
+            faults.append(f"{said}: class_index {shown(index)} is also that of {by_index[index][0]}")
+        by_colour.setdefault(colour, said)
         by_index.setdefault(index, (name, colour))
     if len(content) > IGNORED:
         faults.append(f"{len(content)} classes: at most {IGNORED} are possible")
     elif not faults and sorted(by_index) != list(range(len(by_index))):
-        faults.append(f"class_index: {sorted(by_index)} should be 0 to {len(by_index) - 1} without a gap")
+        faults.append(f"class_index: {shown(sorted(by_index))} should be 0 to {len(by_index) - 1} without a gap")
     if faults:
         raise InputError("\n".join(f"{path}: {fault}" for fault in faults))
     ordered = [by_index[index] for index in range(len(by_index))]
@@ -76,16 +78,16 @@ def read_palette(path: str, tolerance: float) -> Palette:
 
 def _faults(name: Any, entry: Any) -> list[str]:
     if not isinstance(name, str):
-        return [f"{name!r}: a class name should be text (put it in quotes)"]
+        return ["a class name should be text (put it in quotes)"]
     if not isinstance(entry, Mapping):
-        return [f"{name}: {entry!r} should be {{rgb: [r, g, b], class_index: i}}"]
+        return [f"{shown(entry)} should be {{rgb: [r, g, b], class_index: i}}"]
     known = ("rgb", "class_index")
-    faults = [f"{name}: unknown key {key!r}{did_you_mean(key, known)}" for key in entry if key not in known]
-    faults += [f"{name}: lacks {key}" for key in known if key not in entry]
+    faults = [f"unknown key {shown(key)}{did_you_mean(key, known)}" for key in entry if key not in known]
+    faults += [f"lacks {key}" for key in known if key not in entry]
     rgb = entry.get("rgb", [0, 0, 0])
     if not (isinstance(rgb, list) and len(rgb) == 3 and all(type(part) is int and 0 <= part <= 255 for part in rgb)):
-        faults.append(f"{name}: rgb {rgb!r} should be three whole numbers from 0 to 255")
+        faults.append(f"rgb {shown(rgb)} should be three whole numbers from 0 to 255")
     index = entry.get("class_index", 0)
     if not (type(index) is int and index >= 0):
-        faults.append(f"{name}: class_index {index!r} should be a whole number from 0")
+        faults.append(f"class_index {shown(index)} should be a whole number from 0")
     return faults

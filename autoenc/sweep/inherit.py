@@ -22,6 +22,8 @@ from autoenc.sweep.spec import PARTIAL_KEYS, Layer, Spec, build_spec, read_layer
 from autoenc.trajectory import FORMAT
 from autoenc.yamlfile import parse_yaml, read_yaml
 
+PROVENANCE_KINDS = {"parents": str, "content": object, "concessions": float, "device": str | int | None,
+                    "scores": object, "versions": str}               # of the mappings in a winner's provenance
 PROJECT_SWEEPS = Path(__file__).resolve().parents[2] / "sweeps"
 
 
@@ -249,9 +251,15 @@ def read_winner(folder: Path) -> Winner | None:
     provenance = content.get("provenance") if isinstance(content, Mapping) else None
     if not isinstance(provenance, Mapping) or "config" not in content:
         raise InputError(f"{path}: is no best_config.yaml (config and provenance are missing)")
-    for key in ("parents", "content", "concessions", "device"):
-        if not isinstance(provenance.get(key, {}), Mapping):
-            raise InputError(f"{path}: provenance: {key}: {shown(provenance[key])} should be a mapping")
+    for key, kind in PROVENANCE_KINDS.items():
+        part = provenance.get(key, {})
+        if not isinstance(part, Mapping) or not all(isinstance(name, str) for name in part):
+            raise InputError(f"{path}: provenance: {key}: {shown(part)} should be a mapping")
+        for name, value in part.items():
+            if not isinstance(value, kind):
+                raise InputError(f"{path}: provenance: {key}: {shown(name)}: {shown(value)} is not what belongs there")
+    if not isinstance(provenance.get("arm"), str):
+        raise InputError(f"{path}: provenance: arm: {shown(provenance.get('arm'))} should be the winner's name")
     settings = flatten(content["config"], f"{path}: config")
     winner = Winner(folder.name, make_config(settings, str(path)).flat(), provenance)
     if provenance.get("hash", winner.hash) != winner.hash:

@@ -5,12 +5,11 @@ The file may have been cut or edited: an event that lacks something is passed ov
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from autoenc.sweep.asha import Stop
-
-NUMBER = int | float
 
 
 class Past:
@@ -35,7 +34,7 @@ class Past:
     def passed(self, metric: str) -> set[tuple[Any, Any]]:
         """(run, epoch) of every rung at which a run was let go on, so that it is not judged there once more."""
         return {(event.get("key"), event.get("epoch")) for event in self.events
-                if isinstance(event.get("key"), str) and isinstance(event.get("epoch"), int)
+                if isinstance(event.get("key"), str) and type(event.get("epoch")) is int
                 and (event.get("event"), event.get("metric", metric)) in (("passed", metric), ("continued", metric))}
 
     def points(self) -> list[dict[str, Any]]:
@@ -52,7 +51,11 @@ class Past:
 def _stop(event: Mapping[str, Any]) -> Stop | None:
     epoch, beaten_by = event.get("epoch"), event.get("beaten_by")
     numbers = [event.get(name) for name in ("value", "cutoff", "best")]
-    if (not isinstance(epoch, int) or not isinstance(beaten_by, list)
-            or not all(isinstance(number, NUMBER) for number in numbers)):
+    if type(epoch) is not int or not isinstance(beaten_by, list) or not all(map(_is_number, numbers)):
         return None
     return Stop(epoch, *numbers, tuple(key for key in beaten_by if isinstance(key, str)))
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value can be reckoned with: finite, and no integer beyond all floats."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max

@@ -154,7 +154,7 @@ def _decision(folder: SweepFolder) -> dict[str, Any] | None:
         return None
     try:
         decision = json.loads((folder.path / "decision.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return decision if isinstance(decision, dict) else None
 
