@@ -490,6 +490,7 @@ def traps(folder: Path) -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.filterwarnings("ignore")        # torch warns of what it is asked to write and to read here
 @pytest.mark.parametrize("name", ["latest.pt", pytest.param("best_epoch_0002.pt", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", few(1, ["zip inside", "zip bare", "legacy bare", "legacy inside", "pickle",
                                          "zip of text", "script"]))

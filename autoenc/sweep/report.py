@@ -96,6 +96,8 @@ def headline(race: Race, decision: Mapping[str, Any]) -> tuple[str, str]:
         return "No winner", ""
     rows = charts.contenders(decision)
     own = next((row for row in rows if row["arm"] == arm), None)
+    if race.spec.final and own is not None:
+        return f"Finished: {race.spec.export_name}", f"{metric} {number(own['score'])}"
     others = [row for row in rows if row["arm"] != arm]
     title = f"{arm} wins" + (", picked by a person" if race.spec.decision.pick == arm else "")
     if own is None or not others:
