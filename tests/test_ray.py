@@ -19,9 +19,10 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import small_config
-from racing import KNOB, Lab, decision_of, levels, put, row_of, states
+from racing import KNOB, Lab, decision_of, key_of, levels, put, row_of, states
 
 from autoenc import load_config, load_model
+from autoenc.sweep import doors
 from autoenc.sweep.store import Store
 
 RUNNER = Path(__file__).resolve().parents[1] / "tune_runner.py"
@@ -247,12 +248,13 @@ def simulated_worker():
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """One for all: a process can start Ray with one token only."""
-    from autoenc.sweep import run_ray
-
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)
         patch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path_factory.mktemp("ray") / "token"))
+        doors.prepare_local()
+        from autoenc.sweep import run_ray
+
         patch.setenv("PYTHONPATH", os.pathsep.join([str(RUNNER.parent), str(Path(__file__).parent)]))
         patch.setattr(run_ray, "_Trainable", simulated_worker())
         with run_ray.cluster(None) as cluster:
@@ -296,3 +298,48 @@ def test_a_stopped_run_is_continued_through_ray(tmp_path, cluster):
     stopped, continued = ({event["trial"] for event in lab.events(kind)} for kind in ("stopped", "continued"))
     assert stopped == continued != set()
     assert len(race.trials) == 9
+
+
+@pytest.mark.slow
+def test_no_epoch_is_begun_that_would_not_end_in_time(tmp_path, cluster):
+    from autoenc.interrupts import Deadline
+    from autoenc.sweep import run_ray
+
+    lab = Lab(tmp_path, wobbling, arms={name: {KNOB: level} for name, level in ARMS.items()}, asha=False)
+    slow = row_of(1, 0.5) | {"seconds": 3600.0}          # what an epoch takes, by the table
+    for arm in ARMS:
+        config = next(candidate.config for candidate in lab.arms if candidate.name == arm)
+        put(lab.store.open(key_of(config)), [slow])
+    race = lab.race()
+    with pytest.raises(KeyboardInterrupt):
+        run_ray.run(race, cluster, folder=lab.folder.path, output=tmp_path,
+                    deadline=Deadline(time.monotonic() + 600, "a test"))
+    assert {state for state, _ in states(race).values()} == {"waiting"} and not lab.events("started")
+    race = lab.race()
+    run_ray.run(race, cluster, folder=lab.folder.path, output=tmp_path,
+                deadline=Deadline(time.monotonic() + 100_000, "a test"))
+    assert race.done and {state for state, _ in states(race).values()} == {"completed"}
+    with pytest.raises(KeyboardInterrupt):
+        paused(tmp_path / "paused", cluster)
+
+
+def paused(folder: Path, cluster) -> None:
+    """A deadline that comes while the first epochs are trained: 0.5 s each, by the table."""
+    from autoenc.interrupts import Deadline
+    from autoenc.sweep import run_ray
+
+    folder.mkdir()
+    lab = Lab(folder, levels, arms={name: {KNOB: level} for name, level in ARMS.items()}, asha=False)
+    race = lab.race()
+    deadline = Deadline(time.monotonic() + 600, "a test")
+
+    def changed() -> None:
+        if any(run.rows for run in race.runs.values()):
+            object.__setattr__(deadline, "at", time.monotonic() + 1.5)
+    try:
+        run_ray.run(race, cluster, folder=lab.folder.path, output=folder, deadline=deadline, changed=changed)
+    finally:
+        assert lab.events("paused") and 0 < sum(len(run.rows) for run in race.runs.values()) < 8 * len(ARMS)
+        again = lab.race()
+        run_ray.run(again, cluster, folder=lab.folder.path, output=folder)
+        assert again.done and sum(run.trained for run in (*race.runs.values(), *again.runs.values())) == 8 * len(ARMS)

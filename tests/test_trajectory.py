@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from autoenc.checkpoint import load_model, read_checkpoint
 from autoenc.errors import InputError
 from autoenc.table import csv_text
-from autoenc.trajectory import Superseded, Trajectory, best_row, own_end, trajectory_key
+from autoenc.trajectory import Superseded, Trajectory, best_row, failure, own_end, trajectory_key
 
 torch.set_num_threads(1)
 
@@ -408,6 +408,17 @@ def test_an_exception_is_kept(tmp_path):
     assert trajectory.status()["failed"] == "RuntimeError: a broken palette"
     assert "broken palette" in (tmp_path / "t" / "traceback.txt").read_text()
     assert len(train(tmp_path / "t", epochs=1).rows()) == 1 and trajectory.status()["state"] == "completed"
+
+
+def test_memory_that_runs_out_is_told_with_what_to_change():
+    config = config_of(train__batch_size=64, model__base_channels=32)
+    with pytest.raises(RuntimeError) as here:
+        torch.empty(10**15)
+    there = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
+    for error, where in ((here.value, "out of memory"), (there, "out of GPU memory")):
+        said = failure(error, config)
+        assert said.startswith(where) and "train.batch_size 64" in said and "resources.gpus" in said
+    assert failure(ValueError("no\nmore"), config) == "ValueError: no"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
