@@ -23,7 +23,7 @@ from torch import Tensor
 from autoenc.config import Config, flatten, make_config
 from autoenc.data import Dataset
 from autoenc.errors import InputError
-from autoenc.files import write_atomic
+from autoenc.files import is_whole_zip, write_atomic
 from autoenc.model import Autoencoder
 
 FORMAT = 1
@@ -83,7 +83,11 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """A checkpoint's content, tensors on the CPU. Raises :class:`InputError` for a file that is none or is broken."""
     path = Path(path)
     try:
+        if not is_whole_zip(path):
+            raise InputError(f"{path}: no readable checkpoint, or a broken one")
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:

@@ -309,6 +309,9 @@ def main(arguments: list[str]) -> int:
         reason = divergence(status["diverged"]) if status.get("diverged") else status["failed"]
         print(f"error: {reason}", file=sys.stderr)
         return 1
+    if best is None:
+        print(f"error: {config.train.monitor} is undefined at every epoch: there is no best one", file=sys.stderr)
+        return 1
     print(f"best epoch {best['epoch']}: {config.train.monitor} {best[config.train.monitor]:.5g}; "
           f"{trajectory.folder / 'best.pt'}")
     return 0
@@ -324,7 +327,7 @@ def _line(row: Mapping[str, float], config: Config) -> str:
         if f"{split}/kl" in row:
             values.append(f"kl {row[f'{split}/kl']:.5f} × {row['beta']:g}")
         told.append(f"{split}: {', '.join(values)}, total {row[f'{split}/loss']:.5f}")
-    return f"{' | '.join(told)} | {row['val/psnr']:.2f} dB | {row['seconds']:.1f} s"
+    return f"{' | '.join(told)} | {row.get('val/psnr', math.nan):.2f} dB | {row['seconds']:.1f} s"
 
 
 if __name__ == "__main__":

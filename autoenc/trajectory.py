@@ -16,7 +16,6 @@ Reading needs no torch; only training does.
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import math
@@ -25,7 +24,6 @@ import platform
 import shutil
 import socket
 import traceback
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 from autoenc import figures
 from autoenc.config import Config, flatten, make_config
 from autoenc.errors import InputError
-from autoenc.files import content_hash, remove_leftovers, replacing, write_atomic
+from autoenc.files import content_hash, is_whole_zip, remove_leftovers, replacing, write_atomic
 from autoenc.table import Row, append_row, csv_text, parse_rows, read_text
 from autoenc.yamlfile import UNWRITABLE, dump_yaml
 
@@ -100,19 +98,6 @@ def _are_rows(rows: list[Any], epochs: int) -> bool:
     return plain and len(parse_rows(csv_text(rows))) == len(rows) == epochs
 
 
-def _is_whole(archive: Path) -> bool:
-    """Whether a checkpoint can be read to its end and agrees with its checksums, at which torch does not look."""
-    try:
-        with zipfile.ZipFile(archive) as file:
-            return file.testzip() is None
-    except OSError as error:
-        if error.errno not in (None, errno.EINVAL):          # these are zipfile's: an offset that leads nowhere
-            raise
-        return False
-    except Exception:                            # what else it raises for a broken file is of a dozen kinds
-        return False
-
-
 def _is_of(kind: Any, value: Any) -> bool:
     """Whether a value out of a JSON file is of a kind: a type (dict: of texts), or a mapping of kinds."""
     if isinstance(kind, dict):
@@ -161,8 +146,11 @@ class Trajectory:
         """The figures computed on the weights of this epoch after training (``latent/smoothness``), where they have
         been; ``normalized``: with its latents normalised."""
         found = self._read_json("figures.json").get(_figures_name(epoch, normalized))
-        return {name: float(value) for name, value in (found.items() if isinstance(found, dict) else ())
-                if _is_of(float, value) and (name in figures.AFTER_TRAINING or name.startswith("test/"))}
+        row = {name: float(value) for name, value in (found.items() if isinstance(found, dict) else ())
+               if _is_of(float, value) and (name in figures.AFTER_TRAINING or name.startswith("test/"))}
+        if FINISHED in row and not self.evaluation(epoch, normalized):       # then they are to be had once more
+            row = {name: value for name, value in row.items() if not name.startswith("test/")}
+        return row
 
     def add_figures(self, epoch: int, found: Row, normalized: bool = False) -> None:
         """Keep figures computed on the weights of an epoch, beside those there are."""
@@ -179,7 +167,7 @@ class Trajectory:
     def whole_weights(self, epoch: int, normalized: bool = False) -> Path | None:
         """The same, read to its end; a file that is broken is set aside."""
         path = self.weights(epoch, normalized)
-        if path is None or _is_whole(path):
+        if path is None or is_whole_zip(path):
             return path
         self.warn(f"{path}: is broken; set aside, its weights are trained again")
         path.replace(path.with_name(f"{path.name}.broken"))
@@ -188,6 +176,15 @@ class Trajectory:
     def weights_path(self, epoch: int, normalized: bool = False) -> Path:
         """Named by its epoch: never mistaken for another."""
         return self.folder / f"{'normalized' if normalized else 'best'}_epoch_{epoch:04d}.pt"
+
+    def evaluation(self, epoch: int, normalized: bool = False) -> dict[str, Any]:
+        """The evaluation of the weights of an epoch; {} where it, or the safetensors file beside it, is lost or broken.
+        """
+        path = self.evaluation_path(epoch, normalized)
+        found = self._read_json(path.name)
+        parts = {"latents_mean": list, "latents_std": list, "val": dict, "cost": dict}
+        whole = all(isinstance(found.get(name), kind) for name, kind in parts.items())
+        return found if whole and self.weights_path(epoch, normalized).with_suffix(".safetensors").is_file() else {}
 
     def evaluation_path(self, epoch: int, normalized: bool = False) -> Path:
         """The evaluation of the weights of an epoch, a JSON file."""
@@ -300,8 +297,6 @@ class Trajectory:
         if not path.is_file():
             return None
         try:
-            if not _is_whole(path):
-                raise InputError(f"{path}: is broken")
             content = read_checkpoint(path)
             wrong = [key for key, kind in RESUME_KINDS.items() if not isinstance(content.get(key), kind)]
             if (wrong or content["best"] not in range(content["epoch"] + 1)

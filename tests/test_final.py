@@ -170,3 +170,20 @@ def test_the_test_split_is_read_for_a_final_model(project):
     assert evaluation["test"]["mse"] > 0 and "pca" in evaluation["test"]["baselines"]
     table = (project.output / "normal" / "trials.csv").read_text()
     assert "test/psnr" in table.splitlines()[0] and "latent/worst_mean" in table.splitlines()[0]
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "[]", '{"cost": 3}', "[" * 100_000])
+def test_an_evaluation_that_is_broken_is_made_again(project, content):
+    folder = project.output / "normal"
+    best = yaml.safe_load((folder / "best_config.yaml").read_text())["provenance"]
+    (path,) = (project.output / "store" / best["trajectory"]).glob("normalized_epoch_*.evaluation.json")
+    before = json.loads(path.read_text())
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    (folder / "best_config.yaml").unlink()
+    trained = project.trained
+    project.run("normal")
+    after = json.loads(path.read_text())
+    assert project.trained == trained and after["test"] == before["test"] and after.keys() == before.keys()
+    assert (folder / "handoff.yaml").is_file() and (folder / "best_config.yaml").is_file()

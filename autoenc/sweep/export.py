@@ -88,13 +88,13 @@ def _export_final(race: Race, trial: Trial, epoch: int, folder: SweepFolder) -> 
     evaluation, handoff = folder.path / "evaluation.json", folder.path / "handoff.yaml"
     copy_into(trajectory.weights_path(epoch, normalized).with_suffix(".safetensors"), weights)
     copy_into(trajectory.evaluation_path(epoch, normalized), evaluation)
-    write_handoff(handoff, race, trial, evaluation)
+    write_handoff(handoff, race, trial, trajectory.evaluation(epoch, normalized))
     _copy_pictures(trajectory.weights_path(epoch, normalized).with_suffix(".pictures"), folder.path / "pictures")
     return [weights, evaluation, handoff]
 
 
 def _export_samples(source: Path, target: Path, epochs: int) -> None:
-    _copy_pictures(source, target, lambda name: int(name.removeprefix("epoch_")) <= epochs)
+    _copy_pictures(source, target, lambda name: name in {f"epoch_{epoch:04d}" for epoch in range(1, epochs + 1)})
 
 
 def _copy_pictures(source: Path, target: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +112,6 @@ def _latency(speed: Mapping[str, Any]) -> dict[str, Any]:
         f"{way}_ms": round(one[way]["latency_ms"]["median"], 3) for way in ("encode", "decode") if way in one}}
 
 
-def write_handoff(path: Path, race: Race, trial: Trial, evaluation: Path) -> None:
-    """Write handoff.yaml from an evaluation's JSON."""
-    write_atomic(path, dump_yaml(handoff(race, trial, json.loads(evaluation.read_text(encoding="utf-8")))))
+def write_handoff(path: Path, race: Race, trial: Trial, evaluation: Mapping[str, Any]) -> None:
+    """Write handoff.yaml from an evaluation."""
+    write_atomic(path, dump_yaml(handoff(race, trial, evaluation)))
