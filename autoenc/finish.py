@@ -65,14 +65,19 @@ def standardize(trajectory: Trajectory, config: Config, dataset: Dataset, device
         before = _statistics(model, dataset, "train")
         normalizer.set_statistics(before.mean.float().to(device), before.std.float().to(device))
     after = _statistics(model, dataset, "train")
+    dead = [] if before is None else dead_channels(before)
+    if dead:
+        names = ", ".join(map(str, dead))
+        trajectory.warn(f"latent channels {names} (of {len(after.mean)}, from 0) carry nothing: their deviation is "
+                        "bounded, and they are left out of what is said of the others")
     change = _change(model, load_model(trajectory.weights_path(epoch), device=device), dataset)
     latents = {"raw_mean": normalizer.shift.flatten().tolist(),
                "raw_std": normalizer.log_scale.exp().flatten().tolist(),
-               "dead": [] if before is None else dead_channels(before)}
+               "dead": dead}
     save_checkpoint(trajectory.weights_path(epoch, normalized=True), {
         **content, "config": config.nested(), "latents": latents,
         "model": {name: value.detach().cpu() for name, value in model.state_dict().items()}})
-    return {**standardized(after, latents["dead"]), "latent/reconstruction_change": change}
+    return {**standardized(after, dead), "latent/reconstruction_change": change}
 
 
 @torch.inference_mode()

@@ -113,6 +113,19 @@ def test_held_out_latents_are_within_four_standard_errors(tmp_path):
     assert (held.mean.abs() <= 4 * held.mean_error).all()
 
 
+def test_a_dead_channel_is_named(plain, tmp_path):
+    said = []
+    trajectory = Trajectory(Path(shutil.copytree(plain, tmp_path / "t")), warn=said.append)
+    best = trajectory.status()["best_epoch"]
+    content = read_checkpoint(trajectory.weights(best))
+    content["model"]["encoder.mean.weight"][1] = 0
+    torch.save(content, trajectory.weights(best))
+    finish(trajectory, config_of(model__normalize_latents=True), DATASET, "cpu", best, STANDARDIZED)
+    assert len(said) == 1 and "channels 1 (of 3" in said[0]
+    assert trajectory.figures(best, normalized=True)["latent/worst_deviation"] <= 1e-3
+    assert load_model(trajectory.weights(best, normalized=True)).encode(images())["latent"].abs().max() < 1e3
+
+
 def test_a_draw_is_standardised_with_its_own_noise(tmp_path):
     """model.latent sample: its variance is that of the mean and the posterior's own."""
     settings = {"model__variational": True, "loss__kl": 1e-2, "model__latent": "sample"}

@@ -25,6 +25,7 @@ from autoenc.interop import (
     read_experiment,
     write_experiment,
 )
+from autoenc.sweep.inherit import arm_candidates, load_chain, starting_point
 from autoenc.yamlfile import dump_yaml, parse_yaml, read_yaml
 
 F3 = """
@@ -448,3 +449,55 @@ def test_the_command_loads_neither_torch_nor_ray(tmp_path):
     run = subprocess.run([sys.executable, "-c", code, str(source)], capture_output=True, text=True, timeout=60)
     assert run.returncode == 2
     assert run.stderr == f"error: {source}: training.optimizer: 'Adam': input should be 'AdamW'\n"
+
+
+# Wherever a configuration can be given --------------------------------------------------------------------------------
+
+@pytest.fixture
+def sweeps(tmp_path):
+    """An experiment file, a sweep that starts from it, and one with arms taken from files."""
+    (tmp_path / "base.yaml").write_text("config: {train: {batch_size: 16}}")
+    (tmp_path / "F3.yaml").write_text(F3)
+    alone = F3.replace("weight: 0.05", "weight: 0.0").replace("weight: 0.01}", "weight: 0.0}")
+    (tmp_path / "F1.yaml").write_text(alone)
+    (tmp_path / "start.yaml").write_text(
+        "name: start\ninherits: F3.yaml\narms: {A: {}, B: {train.batch_size: 8}}")
+    (tmp_path / "arms.yaml").write_text(
+        "name: arms\ninherits: F3.yaml\narms: {F1: {from: F1.yaml, hypothesis: RGB alone}, F3: {from: F3.yaml}}")
+    return tmp_path
+
+
+def test_an_experiment_is_a_configuration(sweeps):
+    config = load_config(sweeps / "F3.yaml")
+    assert config.model.latent_channels == 16 and config.data.image_size == 512
+    assert config.data.manifest == str(sweeps / "layouts.csv") and config.loss.segmentation == 0.05
+
+
+def test_a_sweep_starts_from_an_experiment(sweeps):
+    (spec,) = load_chain(sweeps / "start.yaml")
+    start = starting_point(spec, None)
+    assert start["model.latent_channels"] == 16 and start["loss.classification"] == 0.01
+    assert [candidate.config.train.batch_size for candidate in arm_candidates(spec, start)] == [16, 8]
+    assert [experiment.name for experiment in spec.experiments] == ["phase1_4_AE_F3"] and spec.notices
+
+
+def test_arms_are_taken_from_experiments(sweeps):
+    (spec,) = load_chain(sweeps / "arms.yaml")
+    first, third = arm_candidates(spec, starting_point(spec, None))
+    assert (first.config.loss.segmentation, third.config.loss.segmentation) == (0.0, 0.05)
+    assert first.hypothesis == "RGB alone" and len(spec.experiments) == 3
+    assert not any(key.startswith("data.") for key in spec.varied)
+
+
+@pytest.mark.parametrize(("arm", "said"), [
+    ("{from: none.yaml}", r"arms\.X: from: .*none\.yaml: no such file"), ("{from: base.yaml}", "is no experiment file"),
+    ("{from: 3}", "from: 3 should be the path"), ("{from: F3.yaml, train.epoch: 3}", r"train\.epoch")])
+def test_an_arm_from_something_else_is_told(sweeps, arm, said):
+    (sweeps / "arms.yaml").write_text(f"name: arms\ninherits: F3.yaml\narms: {{X: {arm}}}")
+    with pytest.raises(InputError, match=said):
+        load_chain(sweeps / "arms.yaml")
+
+
+def test_an_experiment_is_no_sweep(sweeps):
+    with pytest.raises(InputError, match="is an experiment of ImgiNav, not a sweep"):
+        load_chain(sweeps / "F3.yaml")

@@ -189,7 +189,7 @@ class _Driver:
         ends = False
         row = {name.removeprefix("row/"): value for name, value in result.items() if name.startswith("row/")}
         if "warning" in result:
-            self.race.note("repaired", run, note=result["warning"])
+            self.race.note("warning", run, note=result["warning"])
             self.say(f"{self.race.name_of(run)}: {result['warning']}")
         elif "waiting" in result:
             self.say(f"{self.race.name_of(run)}: {result['waiting']} trains it, too; waiting")
