@@ -312,8 +312,13 @@ def main(arguments: list[str]) -> int:
     if best is None:
         print(f"error: {config.train.monitor} is undefined at every epoch: there is no best one", file=sys.stderr)
         return 1
-    print(f"best epoch {best['epoch']}: {config.train.monitor} {best[config.train.monitor]:.5g}; "
-          f"{trajectory.folder / 'best.pt'}")
+    weights = trajectory.folder / "best.pt"
+    if config.model.normalize_latents:
+        from autoenc.finish import finish
+
+        finish(trajectory, config, dataset, device, int(best["epoch"]), ())
+        weights = trajectory.weights_path(int(best["epoch"]), normalized=True)
+    print(f"best epoch {best['epoch']}: {config.train.monitor} {best[config.train.monitor]:.5g}; {weights}")
     return 0
 
 

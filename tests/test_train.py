@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from autoenc import figures
 from autoenc.batches import Batches
-from autoenc.checkpoint import read_checkpoint, save_checkpoint
+from autoenc.checkpoint import build_model, read_checkpoint, save_checkpoint
 from autoenc.data import prepare
 from autoenc.errors import InputError
+from autoenc.schedule import learning_rate
 from autoenc.train import Diverged, train
+from autoenc.yamlfile import dump_yaml
 
 torch.set_num_threads(1)
 
@@ -281,3 +283,49 @@ def test_patience_counts_only_gains_above_min_delta():
     creeping = [1.0, 0.95, 0.9, 0.85, 0.8]
     assert figures.patience_over(creeping, "min", 3, min_delta=0.2)
     assert not figures.patience_over(creeping, "min", 3, min_delta=0.08)
+
+
+# Learning rates, averages ---------------------------------------------------------------------------------------------
+
+def test_the_cosine_falls_from_the_rate_towards_nothing():
+    settings = small_config(train__schedule="cosine", train__epochs=10, train__learning_rate=2.0).train
+    rates = [learning_rate(settings, epoch, []) for epoch in range(1, 11)]
+    assert rates[0] == 2.0 and rates == sorted(rates, reverse=True) and 0 < rates[-1] < 0.1
+    assert rates[5] == pytest.approx(1.0)
+
+
+def test_the_rate_is_halved_on_each_plateau():
+    settings = small_config(train__schedule="plateau", train__learning_rate=1.0).train
+    values = [1.0, 0.9, 0.95, 0.95, 0.8, 0.85, 0.81, 0.82, 0.83]
+    assert [learning_rate(settings, epoch, values[:epoch - 1]) for epoch in range(1, 11)] == [
+        1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.25, 0.25, 0.125]
+
+
+@given(VALUES, st.integers(0, 12), st.sampled_from(["constant", "cosine", "plateau"]))
+def test_what_a_rate_depends_on_lies_before_it(values, epoch, schedule):
+    settings = small_config(train__schedule=schedule, train__epochs=20).train
+    rates = [learning_rate(settings, k + 1, values[:k]) for k in range(len(values) + 1)]
+    assert all(0 < rate <= settings.learning_rate for rate in rates) and rates == sorted(rates, reverse=True)
+
+
+def test_the_average_lags_behind_the_weights():
+    plain, averaged = ([result.state() for result in train(
+        small_config(train__epochs=2, train__ema=ema), small_dataset())] for ema in (None, 0.5))
+    for one, two in zip(plain, averaged, strict=True):
+        assert all(torch.equal(one["model"][name], two["raw"][name]) for name in one["model"])      # trains as before
+    name = "encoder.mean.weight"
+    start = build_model(small_config(), small_dataset()).state_dict()[name]
+    moved = (averaged[1]["raw"][name] - start).norm()
+    assert 0 < (averaged[1]["model"][name] - start).norm() < moved
+
+
+def test_the_command_trains_a_normalised_configuration_to_its_end(tmp_path, monkeypatch, capsys):
+    from autoenc import load_model
+    from autoenc.train import main
+
+    monkeypatch.setenv("AUTOENC_CACHE", str(tmp_path / "cache"))
+    config = small_config(data__limit=40, train__epochs=1, model__normalize_latents=True)
+    (tmp_path / "best_config.yaml").write_text(dump_yaml({"config": config.nested()}))
+    assert main([str(tmp_path / "best_config.yaml"), "--output", str(tmp_path / "t")]) == 0
+    path = capsys.readouterr().out.split()[-1]
+    assert load_model(path).encoder.latent_normalizer.log_scale.abs().max() > 0
