@@ -39,7 +39,8 @@ def program(body: str) -> list[str]:
 
 @contextmanager
 def running(body: str, *arguments: str, **more: object) -> Iterator[subprocess.Popen]:
-    """The command, once it is up."""
+    """The command, once it is up; a closed terminal is to be heard of, whether or not these tests run under nohup."""
+    more.setdefault("preexec_fn", lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
     with subprocess.Popen([*program(body), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                           **more) as process:
         try:
