@@ -280,9 +280,10 @@ class Runner:
         return self.datasets[key]
 
     def set_aside(self, phase: Phase) -> None:
-        """``--fresh``: the sweep's results and its trajectories get out of the way."""
+        """``--fresh``: the sweep's results and its trajectories get out of the way; one that is taken over stays."""
+        runs = phase.race(device_kind(phase.spec, self.cluster)).runs.values()
         with phase.writing():
-            for key in {run.key for run in phase.race(device_kind(phase.spec, self.cluster)).runs.values()}:
+            for key in {run.key for run in runs if not phase.spec.takes_over}:
                 phase.store.set_aside(key)
         phase.folder.set_aside()
 

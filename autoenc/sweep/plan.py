@@ -66,8 +66,10 @@ def show_plan(console: Console, spec: Spec, arms: Sequence[Candidate], parent: W
     if not any(arm.hypothesis for arm in arms):
         table.columns.pop()
     console.print(table)
-    budget = "decided: nothing to train" if not reasons else "nothing to train" if spec.takes_over else _budget(
+    budget = "decided: nothing to train" if not reasons else _budget(
         spec, arms, race, slots, seconds_per_epoch, free)
+    if spec.takes_over and race and reasons and all(run.at_end for run in race.runs.values()):
+        budget = "nothing to train: the winner is taken over as it was trained"
     console.print(f"budget       {budget}")
     console.print("rule         " + rule_in_words(spec))
 
