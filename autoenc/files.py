@@ -90,7 +90,8 @@ def is_whole_zip(path: Path) -> bool:
     does not look). Raises OSError."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
+            begins = min(entry.header_offset for entry in archive.infolist()) == 0       # torch allows nothing before
+            return begins and archive.testzip() is None
     except OSError as error:
         if error.errno not in (None, errno.EINVAL):  # these are zipfile's: an offset that leads nowhere
             raise
