@@ -14,9 +14,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from autoenc.sweep.decide import Record, compounded, concession, decide, finalists
-from autoenc.sweep.evidence import interval, log_ratios, t_quantile, upper_bound
+from autoenc.sweep.decide import compounded, concession, decide
+from autoenc.sweep.finalists import finalists, in_race
 from autoenc.sweep.parts import Decision, Measured
+from autoenc.sweep.records import Record
 
 MSE, PSNR = Measured(), Measured(metric="val/psnr")
 QUICK = settings(max_examples=120, deadline=None)
@@ -47,8 +48,8 @@ def decided(records: Sequence[Record], decision: Decision | None = None, objecti
     return found
 
 
-def verdicts(found: dict[str, Any]) -> dict[str, str]:
-    return {row["arm"]: row["verdict"] for row in found["candidates"]}
+def standings(found: dict[str, Any]) -> dict[str, str]:
+    return {row["arm"]: row["standing"] for row in found["candidates"]}
 
 
 # Strategies ---------------------------------------------------------------------------------------------------------
@@ -113,7 +114,6 @@ def test_names_mean_nothing(records, decision, objective, names):
 @given(contests(), rules, objectives, st.floats(2, 50), st.integers(0, 5))
 def test_a_worse_candidate_changes_nothing(records, decision, objective, factor, place):
     """Worse than every other in the objective, beyond what the rule accepts, and in all else as well."""
-    decision = decision.model_copy(update={"evidence": "observed"})      # more candidates widen honest intervals
     found = decided(records, decision, objective)
     worst = max(r.figures["val/mse"] for r in records) * factor
     seeds = max((r.arm for r in records), key=lambda arm: sum(r.arm == arm for r in records))
@@ -128,8 +128,7 @@ def test_a_worse_candidate_changes_nothing(records, decision, objective, factor,
     again = decided([*further, *records], decision, objective, order)
     assume(found["winner"] is not None)
     assert again["winner"] == found["winner"]
-    assert {row["arm"]: row["verdict"] for row in found["candidates"]} == {
-        row["arm"]: row["verdict"] for row in again["candidates"] if row["arm"] != "worse"}
+    assert standings(found) == {arm: standing for arm, standing in standings(again).items() if arm != "worse"}
 
 
 @QUICK
@@ -147,10 +146,9 @@ def test_the_winner_completed_met_every_requirement_and_is_as_good_as_the_best(r
     if decision.require and all(map(math.isfinite, (r.figures["val/psnr"] for r in own))):
         assert math.fsum(r.figures["val/psnr"] for r in own) / len(own) >= decision.require[0].min - 1e-9
     rows = {row["arm"]: row for row in found["candidates"]}
-    assert rows[winner]["verdict"] == "winner"
-    assert [row["arm"] for row in found["candidates"] if row["verdict"] == "winner"] == [winner]
+    assert [arm for arm, standing in standings(found).items() if standing == "winner"] == [winner]
     if decision.pick is None and able and objective is MSE:
-        rivals = [row for row in rows.values() if row["verdict"] in ("winner", "best", "as good", "worse")
+        rivals = [row for row in rows.values() if row["standing"] in ("winner", "best", "as good", "worse")
                   and row["seeds"] == rows[winner]["seeds"] and row["score"] is not None]
         if rows[winner]["score"] is not None and rivals:
             best = min(row["score"] for row in rivals)
@@ -193,7 +191,7 @@ def test_finalists_are_what_further_seeds_could_make_the_winner(records, decisio
 def test_without_tolerance_the_best_wins():
     found = decided(arms(1.1, 1.0, 1.2))
     assert found["winner"] == "B"
-    assert verdicts(found) == {"A": "worse", "B": "winner", "C": "worse"}
+    assert standings(found) == {"A": "worse", "B": "winner", "C": "worse"}
     assert found["candidates"][0]["reasons"] == ["10% behind B"]
     assert decided([record("A", val__psnr=20), record("B", val__psnr=21)], objective=PSNR)["winner"] == "B"
 
@@ -204,7 +202,7 @@ def test_within_the_tolerance_the_preferences_decide_in_order():
     prefer = [{"metric": "latent_size"}, {"metric": "parameters"}]
     found = decided(records, rule(within="10%", prefer=prefer))
     assert found["winner"] == "C"
-    assert verdicts(found) == {"A": "as good", "B": "as good", "C": "winner", "D": "worse"} | {"A": "best"}
+    assert standings(found) == {"A": "as good", "B": "as good", "C": "winner", "D": "worse"} | {"A": "best"}
     assert "smaller latent_size is preferred: A 256, B 128, C 128" in found["reasons"]
     assert found["reasons"][-1] == "C wins by the rule, 8% behind A: within 10%"
     assert math.isclose(concession(found), 0.08)
@@ -270,7 +268,7 @@ def test_requirements_exclude_with_the_reason():
                record("D", 1.1, val__psnr=40)]
     found = decided(records, rule(require=[{"metric": "val/psnr", "min": 30, "max": 35}]))
     assert found["winner"] == "B"
-    assert verdicts(found) == {"A": "requirement not met", "B": "winner", "C": "requirement not met",
+    assert standings(found) == {"A": "requirement not met", "B": "winner", "C": "requirement not met",
                                "D": "requirement not met"}
     assert found["candidates"][0]["reasons"] == ["val/psnr 29.5 is below the required 30"]
     assert found["candidates"][2]["reasons"] == ["has no val/psnr, which is required"]
@@ -283,7 +281,7 @@ def test_what_did_not_complete_never_wins(status):
     found = decided([record("A", 0.1, status=status, note="as the log says"), record("B", 1.0)])
     assert found["winner"] == "B"
     row = found["candidates"][0]
-    assert row["verdict"] == ("behind at epoch 10" if status == "stopped" else status)
+    assert row["standing"] == ("behind at epoch 10" if status == "stopped" else status)
     assert row["reasons"] == ["A_seed42: as the log says"]
     assert row["score"] is None
 
@@ -292,7 +290,7 @@ def test_without_candidates_that_completed_there_is_no_winner():
     records = [record("A", status="failed"), record("B", status="diverged"), record("C", math.nan)]
     found = decided(records)
     assert found["winner"] is None
-    assert verdicts(found) == {"A": "failed", "B": "diverged", "C": "not comparable"}
+    assert standings(found) == {"A": "failed", "B": "diverged", "C": "not comparable"}
     assert found["reasons"] == ["no candidate completed and met every requirement, so there is no winner"]
     assert concession(found) == 0
     assert finalists(records, "ABC", MSE, rule(), 0.1) == []
@@ -322,7 +320,7 @@ def test_a_person_picks_over_the_rule():
     records = arms(1.0, 1.5, 2.0)
     found = decided(records, rule(pick="B", because="sharper doors"))
     assert found["winner"] == "B"
-    assert verdicts(found) == {"A": "rule's choice", "B": "winner", "C": "worse"}
+    assert standings(found) == {"A": "rule's choice", "B": "winner", "C": "worse"}
     assert found["reasons"][-1] == "B was picked by a person over the rule's choice, A: sharper doors"
     assert (found["rule"]["pick"], found["rule"]["because"]) == ("B", "sharper doors")
     assert concession(found) == 0.5
@@ -331,7 +329,7 @@ def test_a_person_picks_over_the_rule():
         found = decided(broken, rule(pick="B"))
         assert found["winner"] is None
         assert "B was picked by a person, but cannot win" in found["reasons"][-1]
-        assert "winner" not in verdicts(found).values()
+        assert "winner" not in standings(found).values()
 
 
 def test_the_rule_is_recorded_with_the_decision():
@@ -372,63 +370,63 @@ def test_shown_asks_for_more_than_observed():
     assert "the seeds bound it nowhere" in one["candidates"][1]["reasons"][0]
 
 
-def test_every_arm_is_told_against_the_baseline():
-    found = decided(repeated(1.0, 1.1, 0.8, noise=0.001), rule(baseline={"arm": "A"}, repeats=3))
-    texts = [row["reasons"][-1] for row in found["candidates"]]
-    assert texts[1].startswith("against A: 9.95% worse (95% interval +9.") and texts[1].endswith("%, 3 seeds)")
-    assert "better (95% interval -" in texts[2]
-    assert "against" not in texts[0]
-    one = decided(arms(1.0, 1.1), rule(baseline={"arm": "A"}))
-    assert one["candidates"][1]["reasons"][-1] == "against A: 10% worse (one seed: says nothing about the noise)"
-    psnr = decided([record("A", val__psnr=20), record("B", val__psnr=22)], rule(baseline={"arm": "A"}), PSNR)
-    assert psnr["candidates"][1]["reasons"][-1].startswith("against A: 10% better")
-
-
-TABLE = {(0.95, 1): 6.3138, (0.975, 1): 12.7062, (0.95, 2): 2.9200, (0.975, 2): 4.3027, (0.95, 3): 2.3534,
-         (0.99, 4): 3.7469, (0.975, 5): 2.5706, (0.95, 10): 1.8125, (0.995, 30): 2.7500, (0.975, 120): 1.9799,
-         (0.999, 7): 4.7853, (0.5, 6): 0.0}
-
-
-@pytest.mark.parametrize(("probability", "freedom"), TABLE)
-def test_quantiles_of_students_t(probability, freedom):
-    assert t_quantile(probability, freedom) == pytest.approx(TABLE[probability, freedom], abs=6e-5)
-
-
-def test_intervals_cover_as_often_as_they_say():
-    """Simulated seeds: the bound lies above the true excess, and the intervals all hold it, about 95 times in 100."""
-    draw, bounds, covered, runs = random.Random(1), 0, 0, 1500
-    true = [0.0, 0.03, 0.1]
-    for _ in range(runs):
-        samples = [[shift + draw.gauss(0, 0.05) for _ in range(4)] for shift in true]
-        bounds += all(upper_bound(sample, samples, "min") >= math.expm1(shift)
-                      for sample, shift in zip(samples, true, strict=True))
-        ends = [interval(sample, samples, "min") for sample in samples]
-        covered += all(low <= math.expm1(shift) <= high for (low, high), shift in zip(ends, true, strict=True))
-    assert 0.94 < bounds / runs <= 0.98
-    assert 0.94 < covered / runs <= 0.98
-
-
-@QUICK
-@given(st.lists(st.lists(st.floats(1e-300, 1e300), min_size=3, max_size=3), min_size=2, max_size=4),
-       st.sampled_from(["min", "max"]))
-def test_bounds_are_numbers_whatever_the_figures(values, mode):
-    best, *others = values
-    samples = [log_ratios(other, best) for other in others]
-    for sample in samples:
-        bound = upper_bound(sample, samples, mode)
-        low, high = interval(sample, samples, mode)
-        assert 0 <= bound <= (math.inf if mode == "min" else 1)
-        assert low <= high and not math.isnan(low + high)
-
-
-def test_ratios_need_positive_figures():
-    assert log_ratios([1.0, 2.0], [2.0, 2.0]) == pytest.approx([-math.log(2), 0])
-    for figure in (0.0, -1.0, math.nan, math.inf):
-        assert log_ratios([1.0, figure], [1.0, 1.0]) == []
-    assert upper_bound([], [[0.1, 0.2]], "min") == math.inf
-    assert interval([0.1], [[0.1]], "min") is None
-
-
 def test_concessions_compound():
     assert compounded([0.1, 0.1]) == pytest.approx(0.21)
     assert compounded([]) == 0
+
+
+# The race among finalists -------------------------------------------------------------------------------------------
+
+
+def test_one_standard_error_of_the_best_is_a_tolerance():
+    prefer = [{"metric": "parameters"}]
+    records = [record(arm, mse, 42 + k, parameters=size) for arm, size, values in (
+        ("A", 3, (0.95, 1.0, 1.05)), ("B", 2, (1.0, 1.02, 1.04)), ("C", 1, (1.02, 1.05, 1.08)))
+        for k, mse in enumerate(values)]
+    found = decided(records, rule(within="1se", prefer=prefer, repeats=3))
+    assert found["winner"] == "B"                  # 2% behind; the standard error is 0.05 / sqrt(3), 2.9%
+    assert standings(found) == {"A": "best", "B": "winner", "C": "worse"}
+    assert any("one standard error (2.89%)" in reason for reason in found["reasons"])
+    assert decided([r for r in records if r.seed == 42], rule(within="1se", prefer=prefer, repeats=3))["winner"] == "A"
+
+
+def test_the_race_drops_who_is_shown_to_be_worse_and_nobody_before_the_second_seed():
+    noise = (1.0, 1.004, 0.998, 1.001)
+    def raced(seeds: int, **more: Any) -> list[str]:
+        records = [record(arm, mean * noise[(k + i) % 4], 42 + k) for i, (arm, mean) in enumerate(
+            zip("ABCD", (1.0, 1.01, 1.3, 1.31), strict=True)) for k in range(seeds)]
+        return in_race(records, "ABCD", MSE, rule(repeats=5, within="2%", **more), 0.5)
+
+    assert raced(1) == ["A", "B", "C", "D"]
+    assert raced(3) == ["A", "B"]
+    assert raced(3, baseline={"arm": "D"}) == ["A", "B", "D"]
+    assert raced(3, pick="C") == ["A", "B", "C"]
+    dropped = [record("A", 1.0), record("B", 1.2), record("A", 1.0, 43), record("B", 1.21, 43), record("A", 1.0, 44)]
+    found = decided(dropped, rule(repeats=3))
+    assert found["winner"] == "A"
+    assert found["candidates"][1]["reasons"] == ["20.5% behind A on seeds 42, 43: shown to be worse, no further seed"]
+
+
+@QUICK
+@given(contests(broken=False), rules, st.randoms(use_true_random=False))
+def test_the_race_is_blind_to_order_and_keeps_who_must_stay(records, decision, shuffle):
+    names = in_race(records, order_of(records), MSE, decision, 0.1)
+    shuffled = [*records, *shuffle.choices(records, k=3)]
+    shuffle.shuffle(shuffled)
+    assert in_race(shuffled, order_of(records), MSE, decision, 0.1) == names
+    entered = finalists(records, order_of(records), MSE, decision, 0.1)
+    assert set(names) <= set(entered)
+    named = {decision.pick, decision.baseline.arm if decision.baseline else None}
+    assert {arm for arm in entered if arm in named or sum(r.arm == arm for r in records) == 1} <= set(names)
+
+
+def test_how_sure_it_is_stands_with_the_decision():
+    quiet = decided(repeated(1.0, 1.02, 1.5, noise=0.001), rule(within="5%", repeats=3))
+    assert quiet["shown"]["within"] and 0 <= quiet["shown"]["at_most"] < 0.05
+    assert any("the best of them, with 95% confidence" in reason for reason in quiet["reasons"])
+    noisy = decided(repeated(1.0, 1.0, 1.0, noise=0.1), rule(within="1%", repeats=3, evidence="shown"))
+    assert not noisy["shown"]["within"]
+    assert "no candidate is shown to be as good as the best" in noisy["reasons"][-1]
+    assert decided(arms(1.0, 1.1))["shown"] is None
+    low, high = (quiet["candidates"][1]["behind"][end] for end in ("low", "high"))
+    assert low < 0.02 < high

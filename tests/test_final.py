@@ -187,3 +187,22 @@ def test_an_evaluation_that_is_broken_is_made_again(project, content):
     after = json.loads(path.read_text())
     assert project.trained == trained and after["test"] == before["test"] and after.keys() == before.keys()
     assert (folder / "handoff.yaml").is_file() and (folder / "best_config.yaml").is_file()
+
+
+def test_pairs_that_ran_on_several_kinds_of_device_are_told(tmp_path):
+    project = Project(tmp_path)
+    project.write(screen={**SCREEN, "decision": {"repeats": 2, "within": "50%", "baseline": {"arm": "S"}}})
+    phase = project.run("screen")
+    race = phase.race("cpu")
+    assert race.idle and len(race.trials) == 4 and final.remarks(race, None, None, project.output) == []
+    noisy = race.trials[-1].run
+    noisy.rows = [row | {"val/mse": 1.7 * row["val/mse"]} for row in noisy.rows]
+    noise, = final.remarks(race, None, None, project.output)
+    assert noise.warning and "more than the 50% that keep an arm in the race (asha.margin)" in noise.text
+    path = race.trials[-1].run.trajectory.folder / "status.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"device_name": "another one"}))
+    race = phase.race("cpu")
+    assert race.idle
+    remark, = final.remarks(race, None, None, project.output)
+    assert remark.warning and remark.text.startswith("seed 43 was trained on several kinds of device")
+    assert "L on another one" in remark.text

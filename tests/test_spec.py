@@ -159,7 +159,7 @@ REFUSED = [
     ({"space": SPACE}, "search.trials: a space without arms needs it"),
     ({"arms": ARMS, "search": {"trials": 3}}, "search.trials: 3 is more than the arms (2)"),
     ({"arms": ARMS, "space": SPACE, "search": {"algorithm": "grid"}}, "space.loss.l1: search.algorithm grid needs"),
-    ({"arms": ARMS, "search": {"algorithm": "gird"}}, "search: algorithm: 'gird': input should be 'tpe', 'random' or"),
+    ({"arms": ARMS, "search": {"algorithm": "gird"}}, "search: algorithm: 'gird': input should be 'tpe', 'gp', 'ran"),
     ({"arms": ARMS, "search": {"trails": 3}}, "search: unknown key 'trails' (did you mean 'trials'?)"),
     ({"arms": ARMS, "asha": 3}, "asha: 3 should be a mapping of grace_epochs, reduction_factor, margin or false"),
     ({"arms": ARMS, "asha": {"margin": "5"}}, "asha: margin: '5': should be a share like 5% or 0.05"),

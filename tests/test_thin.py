@@ -20,10 +20,11 @@ import tune_runner
 from autoenc import data
 from autoenc.errors import InputError
 from autoenc.sweep import export
-from autoenc.sweep.decide import Record, decide
+from autoenc.sweep.decide import decide
 from autoenc.sweep.inherit import load_chain, read_winner
 from autoenc.sweep.phase import Phase, conclude, decide_race, open_phase, standing_decision
 from autoenc.sweep.race import Race
+from autoenc.sweep.records import Record
 from autoenc.sweep.thin import StoreBudget, size_of
 from autoenc.sweep.work import Task, work
 
@@ -100,7 +101,7 @@ def lab(tmp_path) -> Lab:
 def test_what_goes_first_and_what_never_goes(lab, tmp_path):
     race = lab.run()
     decision = decided(lab, race)
-    assert {row["arm"]: row["verdict"] for row in decision["candidates"]} == {
+    assert {row["arm"]: row["standing"] for row in decision["candidates"]} == {
         "slow": "worse", "late": "worse", "breaks": "diverged", "good": "winner", "equal": "as good",
         "stopped": "behind at epoch 2", "base": "worse"}
     before, order, gone = contents(tmp_path), [], without(race)
@@ -140,7 +141,7 @@ def test_a_picked_trial_and_the_rules_choice_keep_theirs(tmp_path):
     lab = make_lab(tmp_path, decision={"pick": "slow", "because": "it looks better"})
     race = lab.run()
     decision = decided(lab, race)
-    verdicts = {row["arm"]: row["verdict"] for row in decision["candidates"]}
+    verdicts = {row["arm"]: row["standing"] for row in decision["candidates"]}
     assert (verdicts["slow"], verdicts["good"]) == ("winner", "rule's choice")
     keep(lab, 1, decision)
     assert [name for name, there in checkpoints(race).items() if there] == ["slow_seed42", "good_seed42"]
@@ -368,7 +369,7 @@ def test_after_thinning_it_fits_or_nothing_expendable_is_left(tmp_path_factory, 
         told = {trial: (row, trial == row["trials"][0]) for row in decision["candidates"] for trial in row["trials"]}
         for trial, key in sweep["trainings"].items():
             row, first = told.get(trial, (None, False))
-            if row is None or (first and (row["arm"] in sweep["named"] or row["verdict"] in EQUAL)):
+            if row is None or (first and (row["arm"] in sweep["named"] or row["standing"] in EQUAL)):
                 needed.add(f"t{key}")
     before = {path: path.stat().st_size for path in (output / "store").rglob("*") if path.is_file()}
     over.keep(lambda: own)

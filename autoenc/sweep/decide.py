@@ -12,222 +12,206 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from statistics import fmean, stdev
+from statistics import stdev
 from typing import Any
 
-from autoenc.figures import better
 from autoenc.sweep.asha import excess, within
-from autoenc.sweep.evidence import CONFIDENCE, interval, log_ratios, upper_bound, worse
+from autoenc.sweep.evidence import CONFIDENCE, DOUBT, Table, excess_of
+from autoenc.sweep.finalists import best_of, unmet
 from autoenc.sweep.parts import Decision, Measured
+from autoenc.sweep.records import Candidate, Record, first_seeds, group
+from autoenc.sweep.verdicts import against_baseline
+from autoenc.sweep.words import number, percent
+
+CHOOSABLE = ("winner", "best", "as good", "worse", "rule's choice")
+"""how candidates stand that could have won"""
 
 
-@dataclass(frozen=True)
-class Record:
-    """One trial as it ended: what the decision knows of it."""
+@dataclass
+class Told:
+    """What is said of one candidate."""
 
-    arm: str
-    trial: str
-    seed: int
-    status: str                              # completed, stopped, diverged, failed
-    epochs: int
-    best_epoch: int
-    figures: Mapping[str, float]             # at the best epoch
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    note: str = ""                           # why it was stopped, diverged or failed
-    improving: float = 0.0                   # relative improvement of the objective over the last three epochs
+    standing: str
+    reasons: list[str]
+    behind: dict[str, Any] | None = None
+    verdict: str | None = None                       # against the baseline
+    baseline: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """All trials of one arm."""
+@dataclass
+class _Case:
+    """A decision in the making."""
 
-    arm: str
-    records: tuple[Record, ...]              # by seed
-
-    @cached_property
-    def broken(self) -> Record | None:
-        """A trial that did not complete, the first seed's before others."""
-        return next((record for record in self.records if record.status != "completed"), None)
-
-    @cached_property
-    def seeds(self) -> tuple[int, ...]:
-        return tuple(record.seed for record in self.records if record.status == "completed")
-
-    def values(self, metric: str, seeds: Sequence[int] | None = None) -> list[float]:
-        return [record.figures.get(metric, math.nan) for record in self.records
-                if record.status == "completed" and (seeds is None or record.seed in seeds)]
-
-    def mean(self, metric: str, seeds: Sequence[int] | None = None) -> float:
-        """NaN where a seed lacks the figure; infinite where it is (the PSNR of a perfect reconstruction)."""
-        values = self.values(metric, seeds)
-        infinite = {value for value in values if math.isinf(value)}
-        if not values or any(map(math.isnan, values)) or len(infinite) > 1:
-            return math.nan
-        return infinite.pop() if infinite else fmean(values)
-
-
-def group(records: Sequence[Record], order: Sequence[str]) -> list[Candidate]:
-    """Candidates in the file's order, their trials by seed; records of one arm and seed count once."""
-    arms: dict[str, dict[int, Record]] = {arm: {} for arm in order}
-    for record in sorted(records, key=lambda r: (r.seed, r.arm, r.trial, r.status, r.epochs, r.best_epoch,
-                                                 repr(sorted(r.figures.items())))):
-        arms.setdefault(record.arm, {})[record.seed] = record
-    return [Candidate(arm, tuple(trials.values())) for arm, trials in arms.items() if trials]
-
-
-def finalists(records: Sequence[Record], order: Sequence[str], objective: Measured, rule: Decision,
-              margin: float) -> list[str]:
-    """The arms that further seeds could still make the winner, the baseline and a picked one included."""
-    candidates = [c for c in group(records, order) if not c.broken]
-    able = [c for c in candidates if not _unmet(c, rule) and not math.isnan(c.mean(objective.metric))]
-    if not able:
-        return []
-    best = _best(able, objective, _first_seeds(able))
-    reach = max(rule.within or 0.0, margin)
-    named = {rule.pick, rule.baseline.arm if rule.baseline else None}
-    first = _first_seeds(able)
-    return [c.arm for c in candidates if c.arm in named or (
-        c in able and within(excess(c.mean(objective.metric, first), best.mean(objective.metric, first),
-                                    objective.direction), reach))]
+    objective: Measured
+    rule: Decision
+    candidates: list[Candidate]
+    told: dict[str, Told] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+    shown: dict[str, Any] | None = None
 
 
 def decide(records: Sequence[Record], order: Sequence[str], objective: Measured, rule: Decision) -> dict[str, Any]:
     """The content of decision.json. Equal records and rule give equal content, in whatever order they come."""
-    candidates = group(records, order)
-    metric = objective.metric
-    told: dict[str, tuple[str, list[str]]] = {}            # arm -> verdict, reasons
-    reasons: list[str] = []
+    case = _Case(objective, rule, group(records, order))
     able = []
-    for candidate in candidates:
-        problem = _not_able(candidate, metric, rule)
+    for candidate in case.candidates:
+        problem = _not_able(candidate, objective.metric, rule)
         if problem:
-            told[candidate.arm] = problem
+            case.told[candidate.arm] = problem
         else:
             able.append(candidate)
 
     winner = None
     if able:
-        winner = _choose(able, objective, rule, told, reasons)
+        winner = _choose(case, able)
     else:
-        reasons.append("no candidate completed and met every requirement, so there is no winner")
+        case.reasons.append("no candidate completed and met every requirement, so there is no winner")
     if rule.pick is not None:
-        winner = _picked(rule, winner, able, told, reasons)
-    _against_baseline(candidates, objective, rule, told)
+        winner = _picked(case, winner, able)
+    for arm, verdict in against_baseline(case.candidates, objective, rule).items():
+        told = case.told[arm]
+        told.reasons += verdict.reasons
+        told.verdict, told.baseline = verdict.word, verdict.content
 
     return {
-        "rule": {"objective": {"metric": metric, "mode": objective.direction}, **rule.model_dump(mode="json")},
+        "rule": {"objective": {"metric": objective.metric, "mode": objective.direction},
+                 **rule.model_dump(mode="json")},
         "winner": winner.arm if winner else None,
-        "candidates": [_row(candidate, metric, *told[candidate.arm]) for candidate in candidates],
-        "reasons": reasons,
+        "candidates": [_row(case, candidate) for candidate in case.candidates],
+        "reasons": case.reasons,
+        "shown": case.shown,
     }
 
 
-def _row(candidate: Candidate, metric: str, verdict: str, reasons: list[str]) -> dict[str, Any]:
-    score = candidate.mean(metric)
-    values = candidate.values(metric)
+def _row(case: _Case, candidate: Candidate) -> dict[str, Any]:
+    metric, told = case.objective.metric, case.told[candidate.arm]
+    score, values = candidate.mean(metric), list(candidate.by_seed(metric).values())
     se = stdev(values) / math.sqrt(len(values)) if len(values) > 1 and math.isfinite(score) else None
-    return {"arm": candidate.arm, "trials": [record.trial for record in candidate.records],
+    return {"arm": candidate.arm, "settings": dict(candidate.records[0].settings),
+            "trials": [record.trial for record in candidate.records],
             "seeds": [record.seed for record in candidate.records],
             "score": score if math.isfinite(score) else None, "se": se,
-            "epochs": sum(record.epochs for record in candidate.records), "verdict": verdict, "reasons": reasons}
+            "epochs": sum(record.epochs for record in candidate.records),
+            "verdict": told.verdict or told.standing, "standing": told.standing,
+            "behind": told.behind, "baseline": told.baseline, "reasons": told.reasons}
 
 
-def _not_able(candidate: Candidate, metric: str, rule: Decision) -> tuple[str, list[str]] | None:
+def _not_able(candidate: Candidate, metric: str, rule: Decision) -> Told | None:
     broken = candidate.broken
     if broken is not None:
-        verdict = f"behind at epoch {broken.epochs}" if broken.status == "stopped" else broken.status
-        return verdict, [f"{broken.trial}: {broken.note}" if broken.note else f"{broken.trial} {broken.status}"]
+        standing = f"behind at epoch {broken.epochs}" if broken.status == "stopped" else broken.status
+        return Told(standing, [f"{broken.trial}: {broken.note}" if broken.note else f"{broken.trial} {broken.status}"])
     if math.isnan(candidate.mean(metric)):
-        return "not comparable", [f"has no {metric}"]
-    unmet = _unmet(candidate, rule)
-    return ("requirement not met", unmet) if unmet else None
+        return Told("not comparable", [f"has no {metric}"])
+    lacking = unmet(candidate, rule)
+    return Told("requirement not met", lacking) if lacking else None
 
 
-def _unmet(candidate: Candidate, rule: Decision) -> list[str]:
-    unmet = []
-    for requirement in rule.require:
-        value = candidate.mean(requirement.metric)
-        if math.isnan(value):
-            unmet.append(f"has no {requirement.metric}, which is required")
-        elif requirement.min is not None and value < requirement.min:
-            unmet.append(f"{requirement.metric} {number(value)} is below the required {number(requirement.min)}")
-        elif requirement.max is not None and value > requirement.max:
-            unmet.append(f"{requirement.metric} {number(value)} is above the allowed {number(requirement.max)}")
-    return unmet
-
-
-def _first_seeds(candidates: Sequence[Candidate]) -> list[int]:
-    return [min(seed for candidate in candidates for seed in candidate.seeds)]
-
-
-def _shared_seeds(candidates: Sequence[Candidate]) -> list[int]:
-    return sorted(set.intersection(*(set(candidate.seeds) for candidate in candidates)))
-
-
-def _best(candidates: Sequence[Candidate], objective: Measured, seeds: Sequence[int]) -> Candidate:
-    best = candidates[0]
-    for candidate in candidates[1:]:
-        if better(objective.direction, candidate.mean(objective.metric, seeds), best.mean(objective.metric, seeds)):
-            best = candidate
-    return best
-
-
-def _choose(able: list[Candidate], objective: Measured, rule: Decision, told: dict[str, tuple[str, list[str]]],
-            reasons: list[str]) -> Candidate:
-    metric, mode = objective.metric, objective.direction
-    first = _first_seeds(able)
-    leader = _best(able, objective, first)
+def _choose(case: _Case, able: list[Candidate]) -> Candidate:
+    metric, mode = case.objective.metric, case.objective.direction
+    first = first_seeds(able)
+    leader = best_of(able, case.objective, first)
     # Finalists have the further seeds; should they all have failed there, the first one has to do.
-    seeds = leader.seeds
-    final = [candidate for candidate in able if set(seeds) <= set(candidate.seeds)]
-    best = _best(final, objective, seeds)
-    top = best.mean(metric, seeds)
-    over = f"mean of seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else "one seed"
-    reasons.append(f"{best.arm} has the best {metric}: {number(top)} ({over})")
-
-    equal = []
-    tolerance, samples = rule.within or 0.0, _paired(final, best, metric, seeds)
+    final = [candidate for candidate in able if set(leader.seeds) <= set(candidate.seeds)]
+    best = best_of(final, case.objective, leader.seeds)
     for candidate in able:
         if candidate not in final:
-            behind = excess(candidate.mean(metric, first), leader.mean(metric, first), mode)
-            told[candidate.arm] = ("worse", [f"{percent(behind)} behind {leader.arm} on the first seed: no finalist"])
-            continue
-        value = candidate.mean(metric, seeds)
-        behind = excess(value, top, mode)
+            case.told[candidate.arm] = _left_behind(candidate, leader, case.objective)
+    return _among(case, final, best, leader.seeds, mode, metric)
+
+
+def _left_behind(candidate: Candidate, leader: Candidate, objective: Measured) -> Told:
+    shared = [seed for seed in leader.seeds if seed in candidate.seeds]
+    share = excess(candidate.mean(objective.metric, shared), leader.mean(objective.metric, shared), objective.direction)
+    if len(shared) < 2:
+        reason = f"{percent(share)} behind {leader.arm} on the first seed: no finalist"
+    else:
+        reason = (f"{percent(share)} behind {leader.arm} on seeds {', '.join(map(str, shared))}: shown to be worse, no "
+                  "further seed")
+    return Told("worse", [reason], _behind(leader.arm, share))
+
+
+def _behind(arm: str, share: float, low: float | None = None, high: float | None = None) -> dict[str, Any]:
+    ends = [None if end is None or not math.isfinite(end) else end for end in (low, high)]
+    return {"arm": arm, "share": share if math.isfinite(share) else None, "low": ends[0], "high": ends[1]}
+
+
+def _among(case: _Case, final: list[Candidate], best: Candidate, seeds: Sequence[int], mode: str,
+           metric: str) -> Candidate:
+    """The finalists' comparison on the seeds that all of them have."""
+    top, rule = best.mean(metric, seeds), case.rule
+    over = f"mean of seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else "one seed"
+    case.reasons.append(f"{best.arm} has the best {metric}: {number(top)} ({over})")
+    tolerance, known_as = _tolerance(case, best, seeds, top)
+    behind = {c.arm: excess(c.mean(metric, seeds), top, mode) for c in final}
+    bounds = _Bounds(final, best, metric, seeds, mode)
+    # What is too far behind to be chosen has no say in how much evidence the others need.
+    near = [c for c in final if c is best or within(behind[c.arm], tolerance)]
+    narrow = _Bounds(near, best, metric, seeds, mode)
+    equal = []
+    for candidate in final:
+        share = behind[candidate.arm]
         if candidate is best:
             equal.append(candidate)
-            told[candidate.arm] = ("best", [f"best {metric}: {number(value)}"])
+            case.told[candidate.arm] = Told("best", [f"best {metric}: {number(top)}"], _behind(best.arm, 0.0))
             continue
-        how, bound = f"{percent(behind)} behind {best.arm}", behind
+        how, bound = f"{percent(share)} behind {best.arm}", share
         if rule.evidence == "shown":
-            bound = upper_bound(samples[candidate.arm], list(samples.values()), mode)
-            how += (f", at most {percent(bound)} with {CONFIDENCE:.0%} confidence" if math.isfinite(bound) else
-                    ", and the seeds bound it nowhere")
-        if within(bound, tolerance) and (tolerance > 0 or behind == 0):
+            bound = narrow.upper(candidate) if candidate in near else math.inf
+            if candidate in near:
+                how += (f", at most {percent(bound)} with {CONFIDENCE:.0%} confidence" if math.isfinite(bound) else
+                        ", and the seeds bound it nowhere")
+        if within(bound, tolerance) and (tolerance > 0 or share == 0):
             equal.append(candidate)
-            told[candidate.arm] = ("as good", [f"{how}: within {percent(tolerance)}"])
+            told = Told("as good", [f"{how}: within {known_as}"])
         else:
-            told[candidate.arm] = ("worse", [how + (f": not shown to be within {percent(tolerance)}"
-                                                    if rule.evidence == "shown" and within(behind, tolerance) else "")])
-    return _prefer(equal, best, rule, seeds, told, reasons)
+            told = Told("worse", [how + (f": not shown to be within {known_as}" if rule.evidence == "shown"
+                                         and candidate in near else "")])
+        told.behind = _behind(best.arm, share, *bounds.ends(candidate))
+        case.told[candidate.arm] = told
+    winner = _prefer(case, equal, best, seeds, known_as)
+    # Whatever lies further behind the best than the winner does bounds it no better.
+    _say_how_sure(case, final if winner is best else near, winner, seeds, tolerance, known_as)
+    return winner
 
 
-def _paired(candidates: Sequence[Candidate], other: Candidate, metric: str,
-            seeds: Sequence[int]) -> dict[str, list[float]]:
-    """The log ratios to ``other``, seed by seed, of every other candidate."""
-    values = other.values(metric, seeds)
-    return {candidate.arm: log_ratios(candidate.values(metric, seeds), values)
-            for candidate in candidates if candidate is not other}
+def _tolerance(case: _Case, best: Candidate, seeds: Sequence[int], top: float) -> tuple[float, str]:
+    """What counts as just as good, as a share, and in words."""
+    if case.rule.within != "1se":
+        return case.rule.share, percent(case.rule.share)
+    values = list(best.by_seed(case.objective.metric, seeds).values())
+    known = len(values) > 1 and all(map(math.isfinite, values)) and top
+    share = stdev(values) / math.sqrt(len(values)) / abs(top) if known else 0.0
+    return share, f"one standard error ({percent(share)})"
 
 
-def _prefer(equal: list[Candidate], best: Candidate, rule: Decision, seeds: Sequence[int],
-            told: dict[str, tuple[str, list[str]]], reasons: list[str]) -> Candidate:
-    left = equal
+class _Bounds:
+    """Confidence bounds of the excess of each of some candidates over one of them, together right 95 times in 100."""
+
+    def __init__(self, candidates: Sequence[Candidate], other: Candidate, metric: str, seeds: Sequence[int],
+                 mode: str) -> None:
+        self.table = Table({candidate.arm: candidate.by_seed(metric, seeds) for candidate in candidates})
+        self.other, self.mode, self.tail = other.arm, mode, DOUBT / max(1, len(candidates) - 1)
+
+    def upper(self, candidate: Candidate) -> float:
+        """One-sided; infinite where the seeds bound nothing."""
+        change = self.table.change(candidate.arm, self.other, self.tail)
+        _, _, high = excess_of(change, self.mode)
+        return math.inf if high is None or change.seeds < 2 or change.unit != "share" else max(0.0, high)
+
+    def ends(self, candidate: Candidate) -> tuple[float | None, float | None]:
+        """Two-sided; None where the seeds tell nothing."""
+        change = self.table.change(candidate.arm, self.other, self.tail / 2)
+        known = change is not None and change.seeds > 1 and change.unit == "share"
+        return excess_of(change, self.mode)[1:] if known else (None, None)
+
+
+def _prefer(case: _Case, equal: list[Candidate], best: Candidate, seeds: Sequence[int], known_as: str) -> Candidate:
+    left, told, reasons = equal, case.told, case.reasons
     if len(left) > 1:
-        reasons.append(f"within {percent(rule.within or 0.0)} of it, and so just as good by the rule: "
+        reasons.append(f"within {known_as} of it, and so just as good by the rule: "
                        + ", ".join(candidate.arm for candidate in left if candidate is not best))
-    for preference in rule.prefer:
+    for preference in case.rule.prefer:
         if len(left) == 1:
             break
         values = {candidate.arm: candidate.mean(preference.metric, seeds) for candidate in left}
@@ -245,52 +229,48 @@ def _prefer(equal: list[Candidate], best: Candidate, rule: Decision, seeds: Sequ
             if candidate not in keep:
                 value = values[candidate.arm]
                 known = "is not known" if math.isnan(value) else f"{number(value)} against {number(top)}"
-                told[candidate.arm][1].append(f"{preference.metric} {known}")
+                told[candidate.arm].reasons.append(f"{preference.metric} {known}")
         left = keep
     winner = left[0]
     if len(left) > 1:
         names = ", ".join(candidate.arm for candidate in left)
         reasons.append(f"nothing sets {names} apart by the rule: {winner.arm} comes first in the file")
-    reasons.append(f"{winner.arm} wins by the rule" + ("" if winner is best else f", {told[winner.arm][1][0]}"))
-    told[winner.arm] = ("winner", told[winner.arm][1])
+    reasons.append(f"{winner.arm} wins by the rule" + ("" if winner is best else f", {told[winner.arm].reasons[0]}"))
+    told[winner.arm].standing = "winner"
     return winner
 
 
-def _picked(rule: Decision, chosen: Candidate | None, able: list[Candidate], told: dict[str, tuple[str, list[str]]],
-            reasons: list[str]) -> Candidate | None:
+def _say_how_sure(case: _Case, among: list[Candidate], winner: Candidate, seeds: Sequence[int], tolerance: float,
+                  known_as: str) -> None:
+    """How much worse than the best the winner may be, whichever of these that is; nothing where one seed is all."""
+    if len(among) < 2 or len(seeds) < 2:
+        return
+    bounds = [_Bounds(among, rival, case.objective.metric, seeds, case.objective.direction).upper(winner)
+              for rival in among if rival is not winner]
+    most = max(bounds)
+    if not math.isfinite(most):
+        return
+    case.shown = {"at_most": most, "within": within(most, tolerance)}
+    text = f"{winner.arm} is " + (f"at most {percent(most)} worse than" if most else "shown to be") + \
+        f" the best of them, with {CONFIDENCE:.0%} confidence"
+    if not case.shown["within"] and case.rule.evidence == "shown":
+        text += f": more than {known_as}, so no candidate is shown to be as good as the best"
+    case.reasons.append(text)
+
+
+def _picked(case: _Case, chosen: Candidate | None, able: list[Candidate]) -> Candidate | None:
+    rule, told = case.rule, case.told
     picked = next((candidate for candidate in able if candidate.arm == rule.pick), None)
     if chosen is not None and chosen is not picked:
-        told[chosen.arm] = ("rule's choice", told[chosen.arm][1])
+        told[chosen.arm].standing = "rule's choice"
     if picked is None:
-        reasons.append(f"{rule.pick} was picked by a person, but cannot win: "
-                       + (told[rule.pick][1][0] if rule.pick in told else "there is no such candidate"))
+        case.reasons.append(f"{rule.pick} was picked by a person, but cannot win: "
+                            + (told[rule.pick].reasons[0] if rule.pick in told else "there is no such candidate"))
         return None
     instead = f" over the rule's choice, {chosen.arm}" if chosen is not None and chosen is not picked else ""
-    reasons.append(f"{picked.arm} was picked by a person{instead}: {rule.because or 'no reason given'}")
-    told[picked.arm] = ("winner", told[picked.arm][1])
+    case.reasons.append(f"{picked.arm} was picked by a person{instead}: {rule.because or 'no reason given'}")
+    told[picked.arm].standing = "winner"
     return picked
-
-
-def _against_baseline(candidates: list[Candidate], objective: Measured, rule: Decision,
-                      told: dict[str, tuple[str, list[str]]]) -> None:
-    """Say of every completed arm how its objective stands to the baseline's, with an interval where seeds allow one."""
-    baseline = rule.baseline and next((c for c in candidates if c.arm == rule.baseline.arm), None)
-    if not baseline or baseline.broken:
-        return
-    mode = objective.direction
-    others = [candidate for candidate in candidates if candidate is not baseline and not candidate.broken]
-    for candidate in others:
-        seeds = _shared_seeds([candidate, baseline])
-        samples = _paired([c for c in others if set(seeds) <= set(c.seeds)], baseline, objective.metric, seeds)
-        ratios = samples[candidate.arm]
-        if not ratios:
-            continue
-        change = worse(fmean(ratios), mode)
-        text = f"against {baseline.arm}: {percent(abs(change))} {'worse' if change > 0 else 'better'}"
-        ends = interval(ratios, list(samples.values()), mode)
-        told[candidate.arm][1].append(text + (
-            f" ({CONFIDENCE:.0%} interval {ends[0]:+.1%} to {ends[1]:+.1%}, {len(ratios)} seeds)" if ends else
-            " (one seed: says nothing about the noise)"))
 
 
 def compounded(chain: Sequence[float]) -> float:
@@ -305,17 +285,6 @@ def concession(decision: Mapping[str, Any]) -> float:
     if won is None or won["score"] is None:
         return 0.0
     mode = decision["rule"]["objective"]["mode"]
-    scores = [row["score"] for row in rows.values()
-              if row["score"] is not None and len(row["seeds"]) == len(won["seeds"])
-              and row["verdict"] in ("winner", "best", "as good", "worse", "rule's choice")]
+    scores = [row["score"] for row in rows.values() if row["score"] is not None
+              and len(row["seeds"]) == len(won["seeds"]) and row["standing"] in CHOOSABLE]
     return excess(won["score"], min(scores) if mode == "min" else max(scores), mode)
-
-
-def number(value: float) -> str:
-    """A figure in four digits, a large one in full."""
-    return f"{value:,.0f}" if 100_000 <= abs(value) < 1e12 else f"{value:.4g}"
-
-
-def percent(share: float) -> str:
-    """A share as three digits of percent."""
-    return "∞%" if math.isinf(share) else f"{100 * share:.3g}%"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 from autoenc.errors import InputError
 from autoenc.files import write_atomic
-from autoenc.sweep.decide import number
+from autoenc.sweep.evidence import Table
 from autoenc.sweep.inherit import Winner, read_winner
 from autoenc.sweep.race import Race
 from autoenc.sweep.standing import Trial
+from autoenc.sweep.words import number, percent
 from autoenc.yamlfile import dump_yaml
 
 STANDARD = 1e-3             # how far from mean 0 and deviation 1 a channel of the training split may be
@@ -30,6 +32,7 @@ def remarks(race: Race, trial: Trial | None, parent: Winner | None, output: Path
     said: list[Remark] = []
     if trial is not None and race.spec.final:
         said += [*_end(race, trial), *_chain(race, trial, parent, output)]
+    said += [*_devices(race), *_noise(race)]
     for other in race.trials:
         if other.run.config.model.normalize_latents and other.run.state == "completed":
             said += _latents(race, other)
@@ -47,6 +50,33 @@ def _end(race: Race, trial: Trial) -> Iterator[Remark]:
     elif settings.patience is not None:
         yield Remark(f"ran out of epochs: still within its patience at epoch {settings.epochs} (best: {best}); more "
                      f"may help: --set {race.spec.name}:train.epochs={2 * settings.epochs}", warning=True)
+
+
+def _devices(race: Race) -> Iterator[Remark]:
+    """Paired seeds should differ in their arm alone."""
+    ran: dict[int, dict[str, str]] = {}                      # seed -> device -> an arm that ran there
+    for trial in race.trials:
+        name = trial.run.trajectory.status().get("device_name")
+        if name and trial.run.state == "completed":
+            ran.setdefault(trial.seed, {}).setdefault(name, trial.candidate.name)
+    for seed, devices in ran.items():
+        if len(devices) > 1 and race.spec.decision.repeats > 1:
+            told = ", ".join(f"{arm} on {device}" for device, arm in devices.items())
+            yield Remark(f"seed {seed} was trained on several kinds of device ({told}): a pair of trials then differs "
+                         "in more than its arm", warning=True)
+
+
+def _noise(race: Race) -> Iterator[Remark]:
+    """Whether a first seed may have left a good arm behind: what one is behind by chance alone is to lie within the
+    margin by which arms are stopped, and given further seeds."""
+    records = [record for record in race.records() if record.status == "completed"]
+    table = Table({arm: {r.seed: r.figures.get(race.spec.objective.metric, math.nan) for r in records if r.arm == arm}
+                   for arm in {record.arm: None for record in records}})
+    by_chance = 2 * math.sqrt(2) * table.deviation                   # two standard deviations of a difference
+    if table.log and by_chance > race.reach:
+        yield Remark(f"seeds of one arm differ by {percent(table.deviation)} (standard deviation, beside what they do "
+                     f"to all arms alike): by chance alone a first seed may be {percent(by_chance)} behind, more than "
+                     f"the {percent(race.reach)} that keep an arm in the race (asha.margin)", warning=True)
 
 
 def _chain(race: Race, trial: Trial, parent: Winner | None, output: Path) -> Iterator[Remark]:

@@ -24,6 +24,11 @@ def _share(value: Any) -> Any:
     return value
 
 
+def _within(value: Any) -> Any:
+    """A share, ``1se``, or none."""
+    return None if value == "none" else value if value == "1se" else _share(value)
+
+
 def _figure(value: str) -> str:
     if value not in figures.MODES:
         raise ValueError(f"is no figure{did_you_mean(value, figures.MODES)}")
@@ -90,13 +95,17 @@ class Baseline(Section):
 
 
 class Decision(Section):
-    within: Annotated[Share | None, BeforeValidator(lambda value: None if value == "none" else value)] = None
-    """relative distance from the best score that counts as just as good; none: only the best itself"""
+    within: Annotated[Share | Literal["1se"] | None, BeforeValidator(_within)] = None
+    """relative distance from the best score that counts as just as good; none: only the best itself; 1se: one standard
+    error of the best's mean over its seeds"""
     evidence: Literal["observed", "shown"] = "observed"
     prefer: Annotated[tuple[Preference, ...], BeforeValidator(_list)] = ()
     require: Annotated[tuple[Requirement, ...], BeforeValidator(_list)] = ()
     baseline: Baseline | None = None
     repeats: Annotated[int, Field(ge=1, le=1000)] = 1
+    """seeds for the finalists"""
+    repeats_vary: Annotated[tuple[Literal["train.seed", "data.seed"], ...], BeforeValidator(_list)] = ("train.seed",)
+    """what a further seed changes: data.seed splits (and, with data.limit, draws) the data anew, too"""
     pick: str | None = None
     because: str | None = None
 
@@ -104,13 +113,31 @@ class Decision(Section):
     def _check(self) -> Decision:
         if self.evidence == "shown" and self.repeats < 2:
             raise Conflict("evidence: shown needs repeats of at least 2: one seed shows nothing about the noise")
+        if self.within == "1se" and self.repeats < 2:
+            raise Conflict("within: 1se needs repeats of at least 2: one seed has no standard error")
+        if "train.seed" not in self.repeats_vary:
+            raise Conflict("repeats_vary: must name train.seed (data.seed may be added)")
         if self.because is not None and self.pick is None:
             raise Conflict("because: gives a reason, but nothing is picked (pick)")
         return self
 
+    @property
+    def share(self) -> float:
+        """``within`` as a share, as far as it is known before all seeds are: 0 for none and for 1se."""
+        return self.within if isinstance(self.within, float) else 0.0
+
+    @property
+    def named(self) -> set[str]:
+        """The arms that the rule names: they get all seeds, and are never stopped."""
+        return {name for name in (self.pick, self.baseline.arm if self.baseline else None) if name is not None}
+
+
+def _underscored(value: Any) -> Any:
+    return "quasi_random" if value == "quasi-random" else value
+
 
 class Search(Section):
-    algorithm: Literal["tpe", "random", "grid"] = "tpe"
+    algorithm: Annotated[Literal["tpe", "gp", "random", "quasi_random", "grid"], BeforeValidator(_underscored)] = "tpe"
     trials: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """arms and sampled points together; none: as many as arms"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42

@@ -21,6 +21,7 @@ from autoenc.sweep.inherit import Candidate, Winner
 from autoenc.sweep.race import Race
 from autoenc.sweep.spec import Spec
 
+MOST_VERDICTS = 6            # in words, below the table
 STATE_BYTES, WEIGHTS_BYTES = 4 * 3, 4        # a parameter: in latest.pt with two moments of AdamW; in best.pt
 
 
@@ -138,7 +139,8 @@ def rule_in_words(spec: Spec) -> str:
     rule, objective = spec.decision, spec.objective
     words = f"{'smallest' if objective.direction == 'min' else 'largest'} {objective.metric}"
     if rule.within:
-        words += f"; whatever is within {100 * rule.within:.3g}% of it is as good"
+        distance = "one standard error" if rule.within == "1se" else f"{100 * rule.share:.3g}%"
+        words += f"; whatever is within {distance} of it is as good"
         words += " (if shown over the seeds)" if rule.evidence == "shown" else ""
     if rule.prefer:
         words += ", then " + ", then ".join(
@@ -163,8 +165,11 @@ def show_decision(console: Console, race: Race, decision: Mapping[str, Any], win
     metric = race.spec.objective.metric
     extra = [p.metric for p in race.spec.decision.prefer]
     shown = list(dict.fromkeys([metric, *(["val/psnr"] if metric == "val/mse" else []), *extra]))
-    for column in ("arm", "verdict", "seeds", "epochs", *shown):
-        table.add_column(column, justify="left" if column in ("arm", "verdict") else "right")
+    rule = race.spec.decision
+    judged = any(row["baseline"] for row in decision["candidates"])
+    left = ("arm", "standing", *((f"against {rule.baseline.arm}",) if judged else ()))
+    for column in (*left, "seeds", "epochs", *shown):
+        table.add_column(column, justify="left" if column in left else "right")
     by_name: dict[str, list[dict]] = {}
     for trial in race.trials:
         by_name.setdefault(trial.candidate.name, []).append(race.figures_of(trial.run))
@@ -173,15 +178,25 @@ def show_decision(console: Console, race: Race, decision: Mapping[str, Any], win
         for name in shown:
             known = [found[name] for found in by_name[row["arm"]] if name in found]
             values.append(number(sum(known) / len(known)) if known else "")
-        style = "bold green" if row["verdict"] == "winner" else None
-        table.add_row(row["arm"], row["verdict"], str(len(row["seeds"])), str(row["epochs"]), *values, style=style)
+        style = "bold green" if row["arm"] == decision["winner"] else None
+        against = [row["verdict"] if row["baseline"] else ""] if judged else []
+        table.add_row(row["arm"], row["standing"], *against, str(len(row["seeds"])), str(row["epochs"]), *values,
+                      style=style)
     console.print(table)
     for reason in decision["reasons"]:
         console.print(f"  · {escape(reason)}", highlight=False)
+    judged = [row["arm"] for row in decision["candidates"] if row["baseline"]]
     for row in decision["candidates"]:
-        if row["verdict"].startswith("behind") or row["verdict"] in ("diverged", "failed"):
+        if row["standing"].startswith("behind") or row["standing"] in ("diverged", "failed"):
             for reason in row["reasons"]:
                 console.print(f"  · {escape(reason)}", highlight=False)
+        elif row["arm"] in judged[:MOST_VERDICTS]:
+            said = next(reason for reason in row["reasons"] if reason.startswith("against "))
+            seeds = row["baseline"]["seeds_needed"]
+            told = row["verdict"] + (f" (about {seeds} seeds would tell)" if seeds else "")
+            console.print(f"  · {row['arm']}: [bold]{told}[/] {escape(said)}", highlight=False, soft_wrap=True)
+    if len(judged) > MOST_VERDICTS:
+        console.print(f"  · the verdicts on {len(judged) - MOST_VERDICTS} more are in report.html", highlight=False)
     concessions = dict(winner.provenance.get("concessions") or {}) if winner else {}
     if winner and compounded(list(concessions.values())) > 0:
         parts = ", ".join(f"{name} {100 * share:.3g}%" for name, share in concessions.items() if share > 0)
@@ -212,7 +227,7 @@ def show_decision(console: Console, race: Race, decision: Mapping[str, Any], win
 
 def improving_margin(spec: Spec) -> float:
     """From which share on a trial counts as still improving: the rule's ``within``, else 5%."""
-    return spec.decision.within or 0.05
+    return spec.decision.share or 0.05
 
 
 def duration(seconds: float) -> str:

@@ -28,6 +28,8 @@ RESERVED = ("store",)
 FIXED = re.compile(r"data\.|train\.seed$")            # scores on different data or seeds do not compare
 
 
+# Settings that came later, as they were before: at that value they make no older result stale.
+LATER = {"repeats_vary": ["train.seed"]}
 PARTIAL_KEYS = ("description", "config", *PARTS)                                # a preset, base.yaml
 SWEEP_KEYS = ("name", "inherits", "start", "arms", "space", "export_name", *PARTIAL_KEYS)
 
@@ -103,7 +105,8 @@ class Spec:
             "space": {key: parameter.model_dump() for key, parameter in self.space.items()},
             "search": self.search.model_dump(), "asha": self.asha.model_dump() if self.asha else False,
             "objective": {"metric": self.objective.metric, "mode": self.objective.direction},
-            "decision": self.decision.model_dump(mode="json"),
+            "decision": {key: value for key, value in self.decision.model_dump(mode="json").items()
+                         if key not in LATER or value != LATER[key]},
             **({"start": "parent"} if self.takes_over else {}),
         }
 

@@ -166,7 +166,7 @@ def _verdicts(decision: Mapping[str, Any]) -> dict[str, str]:
         rule = decision["rule"]
         named = {rule["pick"], (rule["baseline"] or {}).get("arm")}
         for row in decision["candidates"]:
-            verdict = row["verdict"]
+            verdict = row.get("standing", row["verdict"])
             use = ("needed" if verdict in KEPT or row["arm"] in named else "broken" if verdict in ("diverged", "failed")
                    else "stopped" if verdict.startswith("behind") else "lost")
             for number, trial in enumerate(row["trials"]):
