@@ -75,7 +75,7 @@ def _named(path: str | os.PathLike) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
-LEFTOVER = re.compile(r"\.\w.*\.(pt|csv|json|yaml|html|png|safetensors|npz)\.[a-z0-9_]{8}")    # as replacing() names
+LEFTOVER = re.compile(r"\.\w.*\.(pt|csv|json|yaml|html|png|safetensors|npz|log)\.[a-z0-9_]{8}")   # replacing() names so
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -9,7 +9,9 @@ from sweepfiles import SWEEPS
 
 from autoenc import figures
 from autoenc.config import KEYS, flatten, make_config
+from autoenc.errors import InputError
 from autoenc.sweep.inherit import arm_candidates, load_chain, parse_override, starting_point
+from autoenc.sweep.space import project
 from autoenc.sweep.spec import PARTIAL_KEYS, read_layer
 from autoenc.yamlfile import read_yaml
 
@@ -18,6 +20,7 @@ NAMED = [path for path in FILES if path.parent == SWEEPS and path.stem != "base"
 PARTIAL = [path for path in FILES if path not in NAMED]
 PRESETS = [path for path in PARTIAL if path.stem != "base"]
 NEEDS = {"full": ["data.manifest=maps.csv", "data.palette=palette.yaml"]}      # what a preset's comment asks for
+REFUSED = {("phase1_0", "quick"): "train.learning_rate is what phase1_0_learning_rate"}
 
 # The contract: name, what is varied, the arms. Loss weights of phase 1.4: segmentation / classification.
 SIZES = ("model.latent_channels", "model.base_channels")
@@ -43,7 +46,12 @@ def test_all_files_are_looked_at():
 @pytest.mark.parametrize("preset", [None, *PRESETS], ids=["plain", *stems(PRESETS)])
 def test_every_chain_resolves_under_every_preset(path, preset):
     name = preset and preset.stem
-    chain = load_chain(path, [name] if name else [], [parse_override(text) for text in NEEDS.get(name, [])])
+    overrides = [parse_override(text) for text in NEEDS.get(name, [])]
+    if (path.stem, name) in REFUSED:
+        with pytest.raises(InputError, match=REFUSED[path.stem, name]):
+            load_chain(path, [name], overrides)
+        return
+    chain = load_chain(path, [name] if name else [], overrides)
     assert chain[-1].path == path
     assert chain[-1].name.startswith(path.stem)
     assert chain[0].inherits is None
@@ -134,3 +142,29 @@ def test_every_figure_that_a_shipped_rule_reads_is_reported():
         gains = rule.baseline.gains if rule.baseline else ()
         assert {*(item.metric for item in (*rule.prefer, *rule.require)), *gains} <= set(figures.MODES)
     assert set(flatten(read_yaml(SWEEPS / "base.yaml")["config"], "base")) <= set(KEYS)
+
+
+def test_the_joint_search_reaches_whatever_the_greedy_phases_could():
+    """Its space holds every setting that phase 1 varies, and every arm; its baseline is where those phases end."""
+    *phases, joint = load_chain(SWEEPS / "joint.yaml")
+    assert [spec.path.stem for spec in phases] == list(TABLE)
+    assert set(joint.space) == {key for spec in phases for key in spec.varied}
+    start = starting_point(joint, None)
+    for spec in phases:
+        for arm in spec.arms.values():
+            met = {key: value for key, value in arm.settings.items()
+                   if all(arm.settings.get(other) == needed for other, needed in joint.space[key].when.items())}
+            assert project(met, joint.space, {**start, **arm.settings}) is not None
+    assert joint.arms["greedy"].settings == {} and joint.decision.baseline.arm == "greedy" and joint.trials == 24
+    assert joint.space["loss.kl"].when == {"model.variational": True}
+
+
+def test_the_learning_rates_are_around_the_base():
+    [spec] = load_chain(SWEEPS / "phase1_0.yaml")
+    rates = [arm.settings["train.learning_rate"] for arm in spec.arms.values()]
+    range_ = spec.space["train.learning_rate"]
+    assert rates == [1e-4, 3e-4, 1e-3, 3e-3] and range_.log and range_.low < min(rates) and max(rates) < range_.high
+    phase = load_chain(SWEEPS / "phase1_1.yaml", [], [parse_override("train.learning_rate=1.0e-3")])[0]
+    assert starting_point(phase, None)["train.learning_rate"] == 1e-3                       # how its winner is used
+    assert {key: value for key, value in starting_point(spec, None).items() if key.startswith("loss.")} == {
+        key: value for key, value in starting_point(phase, None).items() if key.startswith("loss.")}

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 from filelock import Timeout
 from helpers import small_config
@@ -49,7 +50,7 @@ def test_trials_csv(lab):
     race = lab.run()
     lab.folder.write_trials(race)
     rows = table(lab)
-    assert list(rows[0]) == [*COLUMNS, KNOB, "model.heads", "val/mse", "val/ssim"]
+    assert list(rows[0]) == [*COLUMNS, KNOB, "model.heads", "val/mse", "val/ssim", "stability/epochs"]
     assert [tuple(row[column] for column in COLUMNS[:7]) for row in rows] == [
         ("A_seed42", "A", "42", "completed", "8", "8", "5"), ("B_seed42", "B", "42", "completed", "8", "8", "5"),
         ("C_seed42", "C", "42", "stopped", "2", "2", "2"), ("D_seed42", "D", "42", "diverged", "1", "1", "1"),
@@ -60,6 +61,14 @@ def test_trials_csv(lab):
     assert again.idle
     lab.folder.write_trials(again)
     assert [row | {"epochs_trained": "0"} for row in rows] == table(lab)
+
+
+def test_trials_csv_in_pandas(lab):
+    lab.folder.write_trials(lab.run())
+    kinds = pandas.read_csv(lab.folder.path / "trials.csv").dtypes.map(lambda dtype: dtype.kind).to_dict()
+    assert {name: kinds[name] for name in ("seed", "epochs", "epochs_trained", "best_epoch")} == dict.fromkeys(
+        ("seed", "epochs", "epochs_trained", "best_epoch"), "i")
+    assert {kinds[name] for name in ("seconds", KNOB, "val/mse", "val/ssim")} == {"f"}
 
 
 def test_trials_csv_of_a_sweep_in_which_nothing_ended(lab):

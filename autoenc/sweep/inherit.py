@@ -220,6 +220,13 @@ def arm_candidates(spec: Spec, start: Mapping[str, Any]) -> list[Candidate]:
     return [make_candidate(spec, start, name, arm.settings, arm.hypothesis) for name, arm in spec.arms.items()]
 
 
+def reseeded(config: Config, by: int, vary: Sequence[str]) -> Config:
+    """The configuration with its seeds moved on; ``vary``: train.seed, data.seed."""
+    sections = {key.partition(".")[0] for key in vary}
+    return config.model_copy(update={
+        name: (part := getattr(config, name)).model_copy(update={"seed": part.seed + by}) for name in sections})
+
+
 @dataclass(frozen=True)
 class Winner:
     """What a finished sweep left in its ``best_config.yaml``."""

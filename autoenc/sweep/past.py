@@ -37,9 +37,9 @@ class Past:
                 if isinstance(event.get("key"), str) and type(event.get("epoch")) is int
                 and (event.get("event"), event.get("metric", metric)) in (("passed", metric), ("continued", metric))}
 
-    def points(self) -> list[dict[str, Any]]:
-        """The settings of all points that were drawn."""
-        return [event["settings"] for event in self.events
+    def points(self) -> list[tuple[dict[str, Any], Any]]:
+        """The settings of all points that were tried beyond the arms, each with where it is from; None: drawn."""
+        return [(event["settings"], event.get("from")) for event in self.events
                 if event.get("event") == "suggested" and isinstance(event.get("settings"), dict)]
 
     def told(self, kind: str, **content: Any) -> bool:

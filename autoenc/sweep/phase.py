@@ -14,7 +14,9 @@ from autoenc.interop import check_counts
 from autoenc.sweep import export, inherit
 from autoenc.sweep.decide import decide
 from autoenc.sweep.inherit import Candidate, Winner
+from autoenc.sweep.journal import write_journal
 from autoenc.sweep.race import Race
+from autoenc.sweep.search import runners_up
 from autoenc.sweep.spec import Spec, read_sweep
 from autoenc.sweep.store import Store, SweepFolder
 from autoenc.trajectory import trajectory_key
@@ -37,6 +39,12 @@ class Phase:
     reasons: list[str] = field(default_factory=list)       # why it must run; empty: its result stands
     winner: Winner | None = None       # of its last run
     broken: bool = False               # there is a best_config.yaml, but it cannot be read
+    dataset_of: Callable[[DataConfig], Dataset | None] = lambda settings: None      # where a further seed splits anew
+
+    @property
+    def data(self) -> DataConfig:
+        """The settings of its data set: one for all candidates."""
+        return _data_settings(self.spec, self.start, self.arms)
 
     @property
     def folder(self) -> SweepFolder:
@@ -48,15 +56,20 @@ class Phase:
 
     def race(self, device_kind: str, emit: Callable[..., None] = lambda **event: None) -> Race:
         """The sweep's race as the store has it. Writes nothing unless ``emit`` does."""
-        fingerprint, parent = self.dataset.fingerprint, self.parent
+        parent = self.parent
+
+        def fingerprint(settings: DataConfig) -> str:
+            dataset = self.dataset if settings == self.data else self.dataset_of(settings)
+            return dataset.fingerprint if dataset else "not decoded yet"
 
         def key_of(config: Config) -> str:
             if self.spec.takes_over and parent:          # wherever that was trained
                 return str(parent.provenance.get("trajectory"))
-            return trajectory_key(config, fingerprint, device_kind)
+            return trajectory_key(config, fingerprint(config.data), device_kind)
 
         return Race(self.spec, self.start, self.arms, key_of=key_of, open_trajectory=self.store.open, emit=emit,
-                    past=self.folder.events(), retry=bool(self.reasons))
+                    past=self.folder.events(), retry=bool(self.reasons),
+                    first_points=runners_up(self.output / parent.sweep) if parent and self.spec.space else ())
 
     @contextmanager
     def writing(self, wait: float = 0) -> Iterator[SweepFolder]:
@@ -89,7 +102,7 @@ def open_phase(spec: Spec, output: Path, dataset_of: Callable[[DataConfig], Data
     arms = inherit.arm_candidates(spec, start)
     if spec.takes_over and parent:
         _check_taken_over(spec, parent, arms[0].config)
-    dataset = dataset_of((arms[0].config if arms else inherit.make_candidate(spec, start, "start", {}).config).data)
+    dataset = dataset_of(_data_settings(spec, start, arms))
     if dataset is not None:
         for experiment in spec.experiments:
             check_counts(experiment, len(dataset.classes), len(dataset.label_names))
@@ -104,7 +117,11 @@ def open_phase(spec: Spec, output: Path, dataset_of: Callable[[DataConfig], Data
         winner, broken = None, str(error)
     reasons = [broken] if broken else inherit.stale_reasons(spec, winner, parent,
                                                             dataset.fingerprint if dataset else None)
-    return Phase(spec, output, parent, start, arms, dataset, reasons, winner, bool(broken))
+    return Phase(spec, output, parent, start, arms, dataset, reasons, winner, bool(broken), dataset_of)
+
+
+def _data_settings(spec: Spec, start: dict[str, Any], arms: Sequence[Candidate]) -> DataConfig:
+    return (arms[0].config if arms else inherit.make_candidate(spec, start, "start", {}).config).data
 
 
 def _check_taken_over(spec: Spec, parent: Winner, config: Config) -> None:
@@ -133,16 +150,17 @@ def standing_decision(race: Race) -> dict[str, Any]:
     """The decision as if the race ended now; whoever could still win is told as good."""
     decision, able = decide_race(race), set() if race.done else set(race.finalists())
     for row in decision["candidates"]:
-        if row["arm"] in able and row["verdict"] == "worse":
-            row["verdict"] = "as good"
+        if row["arm"] in able and row["standing"] == "worse":
+            row["standing"] = "as good"
     return decision
 
 
 def conclude(phase: Phase, race: Race, decision: dict[str, Any], folder: SweepFolder) -> list[Path]:
-    """Write what a decision leaves: trials.csv, decision.json, and the winner's files. Returns the winner's files."""
+    """Write what a decision leaves: trials.csv, decision.json, optuna.log, and the winner's files, which it returns."""
     folder.link_trials(race)
     folder.write_trials(race)
     folder.write_json("decision.json", decision)
+    write_journal(folder.path / "optuna.log", race)
     if phase.broken:
         export.set_broken_aside(folder)
     if decision["winner"] is None:

@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from autoenc import figures
-from autoenc.config import Config
+from autoenc.config import Config, make_config
 from autoenc.errors import InputError
 from autoenc.files import content_hash
 from autoenc.sweep.asha import Rungs, Stop, excess, rung_epochs, within
-from autoenc.sweep.decide import finalists
-from autoenc.sweep.inherit import Candidate, make_candidate
+from autoenc.sweep.finalists import finalists, next_seeds
+from autoenc.sweep.inherit import Candidate, make_candidate, reseeded
+from autoenc.sweep.parts import Asha
 from autoenc.sweep.past import Past
 from autoenc.sweep.search import Searcher, sampled_names
+from autoenc.sweep.space import project
 from autoenc.sweep.spec import Spec
 from autoenc.sweep.standing import Run, Standing, Trial
 from autoenc.table import Row
@@ -30,12 +32,13 @@ DRAWS = 100                          # points drawn in vain (all known already) 
 
 class Race(Standing):
     """``key_of(config)`` gives a trajectory's key, ``open_trajectory(key)`` its folder, ``emit(**event)`` writes an
-    event down; ``past`` are the events of earlier runs of this sweep."""
+    event down; ``past`` are the events of earlier runs of this sweep; ``first_points``, each with where it is from, are
+    settings whose points in the space are tried before any is drawn."""
 
     def __init__(self, spec: Spec, start: Mapping[str, Any], arms: Sequence[Candidate], *,
                  key_of: Callable[[Config], str], open_trajectory: Callable[[str], Trajectory],
                  emit: Callable[..., None] = lambda **event: None, past: Iterable[Mapping[str, Any]] = (),
-                 retry: bool = True) -> None:
+                 retry: bool = True, first_points: Sequence[tuple[str, Mapping[str, Any]]] = ()) -> None:
         self.spec = spec
         self.start = start
         self.open_trajectory = open_trajectory
@@ -45,12 +48,15 @@ class Race(Standing):
         self.retry = retry               # whether trajectories that failed before are tried again
         self.searcher: Searcher | None = None            # made for the first draw: Optuna takes its time to load
         self._trajectory_key = key_of
-        self._repeated = spec.decision.repeats == 1
+        self._seeds = 1                  # that all who are still in the race have been given
         self._past = Past(past)
+        self._first_points = first_points
+        self._drawn = 0                  # points that earlier runs drew
+        self._given = 0                  # those of the first points that were entered
         self._space = content_hash([spec.content["space"], dict(start), spec.search.algorithm, spec.search.seed])
         self.exhausted = self._past.told("space exhausted", space=self._space)
         asha = spec.asha
-        self.margin = max(spec.decision.within or 0.0, asha.margin if asha else 0.0)
+        self.margin = max(spec.decision.share, asha.margin if asha else 0.0)
         epochs = max((arm.config.train.epochs for arm in arms), default=start["train.epochs"])
         self.rungs = Rungs(rung_epochs(asha.grace_epochs, asha.reduction_factor, epochs) if asha else [],
                            asha.reduction_factor if asha else 2, self.margin, spec.objective.direction)
@@ -79,7 +85,7 @@ class Race(Standing):
     @property
     def done(self) -> bool:
         """Whether nothing runs, waits, or could still be asked for."""
-        return self._all_ended and self._repeated and not self._wants_points
+        return self._all_ended and self._seeds >= self.spec.decision.repeats and not self._wants_points
 
     @property
     def idle(self) -> bool:
@@ -106,6 +112,8 @@ class Race(Standing):
         if not self._wants_points:
             return False
         searcher = self._search()
+        if self._take_first_point(searcher):
+            return True
         for _ in itertools.count() if self.spec.search.algorithm == "grid" else range(DRAWS):
             drawn = searcher.draw()
             if drawn is None:
@@ -129,45 +137,77 @@ class Race(Standing):
         self.emit(event="space exhausted", candidates=len(self.runs), space=self._space)
         return False
 
+    def _take_first_point(self, searcher: Searcher) -> bool:
+        """Enter the next of the first points that is one of the space, and neither the start nor known. They have a
+        third of all points at most: those around an older optimum are not to leave nothing for the search."""
+        start, most = self.key_of(make_config(self.start, "start")), math.ceil((self.spec.trials - len(self._arms)) / 3)
+        for source, settings in self._first_points if self._given < most else ():
+            point = project(settings, self.spec.space, self.start)
+            candidate = self._candidate(point, source) if point is not None else None
+            if candidate is not None and self.key_of(candidate.config) not in {start, *self.runs}:
+                self._given += 1
+                searcher.know(candidate)
+                self.emit(event="suggested", name=candidate.name, settings=point, **{"from": source})
+                self._settle(self._enter(candidate))
+                return True
+        return False
+
     def _search(self) -> Searcher:
-        """The searcher; at first it is told of every candidate so far."""
+        """The searcher; at first it is told of every candidate so far, by its first seed."""
         if self.searcher is None:
-            self.searcher = Searcher(self.spec, self.start, self._sampled)
+            self.searcher = Searcher(self.spec, self.start, self._drawn)
             for trial in self.trials:
-                self.searcher.know(trial.candidate)
-                if trial.run.ended:
-                    self._tell(trial.candidate, trial.run)
+                if trial.seed == trial.candidate.config.train.seed:
+                    self.searcher.know(trial.candidate)
+                    if trial.run.ended:
+                        self._tell(trial.candidate, trial.run)
         return self.searcher
 
-    def _candidate(self, point: Mapping[str, Any]) -> Candidate | None:
-        """A sampled point under the next free name; None where its settings do not go together."""
-        taken = {trial.candidate.name for trial in self.trials}
+    def _candidate(self, point: Mapping[str, Any], source: Any = None) -> Candidate | None:
+        """A sampled point under the next free name; None where its settings do not go together. ``source``: where it
+        is from, if it was not drawn."""
+        taken, told = {trial.candidate.name for trial in self.trials}, f"runner-up of {source}" if source else ""
         try:
-            return make_candidate(self.spec, self.start, next(sampled_names(taken)), point)
+            return make_candidate(self.spec, self.start, next(sampled_names(taken)), point, told)
         except InputError:
             return None
 
     def _repeat(self) -> bool:
-        """Give the finalists their further seeds, once all first seeds have ended."""
-        if self._repeated or not self._all_ended:
-            return False
-        self._repeated = True
-        first = {trial.candidate.name: trial.candidate for trial in self.trials}
-        names = self.finalists()
-        if len(names) < 2:
-            return False                         # nothing to tell apart
-        base = self.start["train.seed"]
-        for k in range(1, self.spec.decision.repeats):
-            for name in names:
-                run = self._enter(first[name], seed=base + k)
+        """Give the finalists further seeds, one after another. False when no more are due, for now."""
+        base, repeats = self.start["train.seed"], self.spec.decision.repeats
+        while self._seeds < repeats:
+            if not all(trial.run.ended for trial in self.trials if trial.seed < base + self._seeds):
+                return False
+            had = {(trial.candidate.name, trial.seed - base) for trial in self.trials}
+            records = [record for record in self.records() if record.seed < base + self._seeds]
+            due = next_seeds(records, had, self._seeds, self._order, self.spec.objective, self.spec.decision,
+                             self.reach)
+            if due is None:
+                self._seeds = repeats
+                return False
+            self._seeds += not any(k < self._seeds for _, k in due)
+            for name, k in due:
+                first = next(trial.candidate for trial in self.trials if trial.candidate.name == name)
+                run = self._enter(first, seed=base + k)
                 if not run.ended:
                     self._settle(run)
-        return True
+            if not self._all_ended:
+                return True
+        return False
+
+    @property
+    def _order(self) -> list[str]:
+        return list(dict.fromkeys(trial.candidate.name for trial in self.trials))
+
+    @property
+    def reach(self) -> float:
+        """How far behind on its first seed a candidate may be to be a finalist: a rule without tolerance, and a sweep
+        without early stopping, still reckon with noise."""
+        return max(self.margin, Asha().margin if self.spec.asha is None else 0.0)
 
     def finalists(self) -> list[str]:
         """The candidates that could still win, as their trials stand."""
-        order = list(dict.fromkeys(trial.candidate.name for trial in self.trials))
-        return finalists(self.records(), order, self.spec.objective, self.spec.decision, self.margin)
+        return finalists(self.records(), self._order, self.spec.objective, self.spec.decision, self.reach)
 
     # What comes back -----------------------------------------------------------------------------------------------
 
@@ -272,16 +312,17 @@ class Race(Standing):
 
     def _enter(self, candidate: Candidate, seed: int | None = None) -> Run:
         config = candidate.config
+        rule = self.spec.decision
         if seed is not None:
-            config = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
-        name, rule = self.key_of(config), self.spec.decision
+            config = reseeded(config, seed - config.train.seed, rule.repeats_vary)
+        name = self.key_of(config)
         if name not in self.runs:
             key = self._trajectory_key(config)
             run = self.runs[name] = Run(name, key, config, self.open_trajectory(key))
             run.read()
             run.stored = len(run.rows)
         run = self.runs[name]
-        if seed is not None or candidate.name in (rule.pick, rule.baseline.arm if rule.baseline else None):
+        if seed is not None or candidate.name in rule.named:
             run.protected = True
         self.trials.append(Trial(candidate, config.train.seed, run))
         return run
@@ -335,17 +376,13 @@ class Race(Standing):
 
     def _drawn_before(self) -> Iterable[Candidate]:
         """The points that earlier runs drew from the same space, as many as this sweep still wants."""
-        for point in self._past.points():
-            candidate = self._candidate(point) if self._in_space(point) else None
+        for point, source in self._past.points():
+            fits = project(point, self.spec.space, self.start) == point
+            candidate = self._candidate(point, source) if fits else None
             if candidate is not None and len(self._arms) + self._sampled < self.spec.trials:
+                self._drawn += source is None
+                self._given += source is not None
                 yield candidate
-
-    def _in_space(self, point: Mapping[str, Any]) -> bool:
-        settings = {**self.start, **point}
-        there = {key: parameter for key, parameter in self.spec.space.items()
-                 if all(settings.get(other) == value for other, value in parameter.when.items())}
-        return there.keys() == point.keys() and all(
-            parameter.drawn(key, point[key]) is not None for key, parameter in there.items())
 
     def _say(self, event: str, run: Run, **more: Any) -> None:
         self.emit(event=event, trial=self.name_of(run), key=run.id, **more)
@@ -360,4 +397,5 @@ class Race(Standing):
             values = [self.score(run, epoch) for epoch in range(1, len(run.rows) + 1)]
             if values and self.spec.objective.metric in figures.AFTER_TRAINING:
                 values[-1] = self.score(run)
-            self.searcher.tell(candidate, run.state, values)
+            second = [self.figures_of(run).get(item.metric, math.nan) for item in self.searcher.objectives[1:]]
+            self.searcher.tell(candidate, run.state, values, *second)

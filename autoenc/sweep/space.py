@@ -26,6 +26,10 @@ class _Parameter(BaseModel):
     when: dict[str, Scalar] = {}
     """settings under which the parameter exists at all; otherwise the starting configuration's value stays"""
 
+    def names(self, key: str) -> list[str]:
+        """The Optuna parameters that it is drawn by."""
+        return [key]
+
 
 class FloatParameter(_Parameter):
     type: Literal["float"]
@@ -42,10 +46,20 @@ class FloatParameter(_Parameter):
         _check_range(self.low, self.high, self.log)
         return self
 
-    def draw(self, trial: Any, key: str) -> float:
-        if self.zero and trial.suggest_categorical(ZERO.format(key=key), [True, False]):
+    def names(self, key: str) -> list[str]:
+        return [ZERO.format(key=key), key] if self.zero else [key]
+
+    def draw(self, trial: Any, key: str, whole: bool = False) -> float:
+        zero = self.zero and trial.suggest_categorical(ZERO.format(key=key), [True, False])
+        if zero and not whole:
             return 0.0
-        return trial.suggest_float(key, self.low, self.high, log=self.log)
+        value = trial.suggest_float(key, self.low, self.high, log=self.log)
+        return 0.0 if zero else value
+
+    def middle(self, key: str) -> dict[str, Any]:
+        """The Optuna parameters of its middle, which stand in where it does not exist."""
+        value = math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
+        return {name: min(max(value, self.low), self.high) if name == key else True for name in self.names(key)}
 
     def drawn(self, key: str, value: Any) -> dict[str, Any] | None:
         """The Optuna parameters that give this value; None where the parameter cannot."""
@@ -84,8 +98,12 @@ class IntParameter(_Parameter):
             raise Conflict(f"high: {self.high} is not reached from {self.low} in steps of {self.step}")
         return self
 
-    def draw(self, trial: Any, key: str) -> int:
+    def draw(self, trial: Any, key: str, whole: bool = False) -> int:
         return trial.suggest_int(key, self.low, self.high, step=self.step, log=self.log)
+
+    def middle(self, key: str) -> dict[str, Any]:
+        steps = (self.high - self.low) // self.step
+        return {key: math.isqrt(self.low * self.high) if self.log else self.low + self.step * (steps // 2)}
 
     def drawn(self, key: str, value: Any) -> dict[str, Any] | None:
         fits = (isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
@@ -106,8 +124,11 @@ class ChoiceParameter(_Parameter):
             raise Conflict(f"choices: {shown(self.choices)} holds a value twice")
         return self
 
-    def draw(self, trial: Any, key: str) -> Scalar:
+    def draw(self, trial: Any, key: str, whole: bool = False) -> Scalar:
         return trial.suggest_categorical(key, self.choices)
+
+    def middle(self, key: str) -> dict[str, Any]:
+        return {key: self.choices[0]}
 
     def drawn(self, key: str, value: Any) -> dict[str, Any] | None:
         return next(({key: choice} for choice in self.choices if _same(value, choice)), None)
@@ -187,25 +208,51 @@ def _exists(parameter: Parameter, settings: Mapping[str, Any]) -> bool:
     return all(settings.get(key) == value for key, value in parameter.when.items())
 
 
-def draw_point(trial: Any, space: Mapping[str, Parameter], start: Mapping[str, Any]) -> dict[str, Any]:
-    """One point of the space, drawn through an Optuna trial; ``start`` holds the settings that conditions see."""
+def draw_point(trial: Any, space: Mapping[str, Parameter], start: Mapping[str, Any],
+               whole: bool = False) -> dict[str, Any]:
+    """One point of the space, drawn through an Optuna trial; ``start`` holds the settings that conditions see.
+
+    ``whole``: the trial is asked for every parameter, those without effect at this point included, for samplers that
+    need the same ones each time.
+    """
     point: dict[str, Any] = {}
     for key, parameter in space.items():
         if _exists(parameter, {**start, **point}):
-            point[key] = parameter.draw(trial, key)
+            point[key] = parameter.draw(trial, key, whole)
+        elif whole:
+            parameter.draw(trial, key, whole)
     return point
 
 
-def optuna_parameters(space: Mapping[str, Parameter], settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The Optuna parameters of a candidate's complete settings; None where it lies outside of the space."""
+def optuna_parameters(space: Mapping[str, Parameter], settings: Mapping[str, Any],
+                      whole: bool = False) -> dict[str, Any] | None:
+    """The Optuna parameters of a candidate's complete settings; None where it lies outside of the space. ``whole``:
+    with the middle of those that have no effect."""
     parameters: dict[str, Any] = {}
     for key, parameter in space.items():
+        if whole:
+            parameters |= parameter.middle(key)
         if _exists(parameter, settings):
             drawn = parameter.drawn(key, settings.get(key))
             if drawn is None:
                 return None
             parameters |= drawn
     return parameters
+
+
+def project(settings: Mapping[str, Any], space: Mapping[str, Parameter],
+            start: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The point of the space at which these settings lie, over ``start``; other settings count for nothing. None where
+    a value is outside of the space, or is set for a parameter that does not exist there."""
+    point: dict[str, Any] = {}
+    for key, parameter in space.items():
+        if _exists(parameter, {**start, **point}):
+            point[key] = settings.get(key, start[key])
+            if parameter.drawn(key, point[key]) is None:
+                return None
+        elif key in settings:
+            return None
+    return point
 
 
 def grid_points(space: Mapping[str, Parameter], start: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

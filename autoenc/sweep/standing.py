@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 
 from autoenc import figures
 from autoenc.config import Config
-from autoenc.sweep.asha import Stop, excess
-from autoenc.sweep.decide import Record
+from autoenc.sweep.asha import Stop, excess, within
 from autoenc.sweep.inherit import Candidate
+from autoenc.sweep.records import Record
 from autoenc.sweep.spec import Spec
 from autoenc.table import Row
 from autoenc.trajectory import FINISHED, Trajectory, best_row, own_end
 
+NEAR = 0.05                      # of its best: where a training is as good as there
 ENDED = ("completed", "stopped", "diverged", "failed")
 
 
@@ -88,7 +89,20 @@ class Standing:
         row = best_row(run.rows[:epoch], run.config)
         if row is None:
             return {}
-        return {**row, **self._figures_after(run, row)} if epoch is None else row
+        return {**row, **self._course(run), **self._figures_after(run, row)} if epoch is None else row
+
+    def _course(self, run: Run) -> Row:
+        """Figures of the whole course: how steady a training was, and how soon it came near its best."""
+        metric, mode = self.spec.objective.metric, self.spec.objective.direction
+        if metric in (*figures.AFTER_TRAINING, *figures.OF_THE_COURSE):
+            metric, mode = run.config.train.monitor, figures.MODES[run.config.train.monitor]
+        values = [row.get(metric, math.nan) for row in run.rows]
+        best = figures.best_epoch(values, mode)
+        soon = [epoch for epoch, value in enumerate(values, start=1)
+                if best and within(excess(value, values[best - 1], mode), NEAR)]
+        spikes = [row["train/spikes"] for row in run.rows if "train/spikes" in row]
+        return {**({"stability/spikes": math.fsum(spikes)} if spikes else {}),
+                **({"stability/epochs": float(soon[0])} if soon else {})}
 
     def missing_figures(self, run: Run) -> list[str]:
         """Figures that the rule reads and that are computed after training, where they have not been yet."""
@@ -103,7 +117,8 @@ class Standing:
 
     def _measured_after(self, run: Run) -> set[str]:
         rule = self.spec.decision
-        asked = {self.spec.objective.metric, *(item.metric for item in (*rule.prefer, *rule.require))}
+        asked = {self.spec.objective.metric, *(item.metric for item in (*rule.prefer, *rule.require)),
+                 *(rule.baseline.gains if rule.baseline else ())}
         asked &= set(figures.AFTER_TRAINING)
         if not run.config.model.normalize_latents:
             asked -= set(figures.STANDARDIZED)
