@@ -23,7 +23,10 @@ ALONE = {
     "latent/worst_mean": "min", "latent/worst_deviation": "min", "latent/worst_correlation": "min",
     "latent/reconstruction_change": "min",
     "latent_size": "min", "parameters": "min",
+    "encode_ms": "min",                 # time to encode one image, milliseconds: see autoenc.finish
     "train/grad_norm": "min", "train/spikes": "min", "beta": "max",
+    "stability/spikes": "min",          # of the gradient norm, over all epochs of a trial
+    "stability/epochs": "min",          # the first epoch whose objective is within 5% of the trial's best
 }
 MODES = {**{f"{split}/{name}": mode for split in ("train", "val") for name, mode in PER_SPLIT.items()}, **ALONE}
 
@@ -33,7 +36,9 @@ EITHER_WAY = ("latent/mean", "latent/std", "beta", "val/kl", "val/kl_nats", "tra
 # that tell most of each other; and what setting the statistics changed of the reconstructions.
 STANDARDIZED = ("latent/worst_mean", "latent/worst_deviation", "latent/worst_correlation",
                 "latent/reconstruction_change")
-AFTER_TRAINING = ("latent/smoothness", *STANDARDIZED)    # computed once, on the best weights of a completed trial
+AFTER_TRAINING = ("latent/smoothness", "encode_ms", *STANDARDIZED)    # once, on the best weights of a completed trial
+IN_PASSING = ("encode_ms",)          # of them, what every worker measures whose trial is completed, asked for or not
+OF_THE_COURSE = ("stability/spikes", "stability/epochs")             # of a whole trial rather than of an epoch
 MONITORED = tuple(name for name in MODES if name.startswith("val/"))
 
 

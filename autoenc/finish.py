@@ -11,6 +11,7 @@ import torch
 from autoenc import figures
 from autoenc.checkpoint import build_model, load_model, read_checkpoint, save_checkpoint
 from autoenc.config import Config
+from autoenc.evaluation.cost import encode_ms
 from autoenc.files import write_atomic
 from autoenc.latents import LatentStatistics, latent_statistics
 from autoenc.metrics import smoothness, to_unit
@@ -28,18 +29,23 @@ def finish(trajectory: Trajectory, config: Config, dataset: Dataset, device: str
            wanted: Collection[str]) -> None:
     """Compute and keep the figures ``wanted`` of the weights of an epoch (which must be kept), as far as they are not.
 
-    Where the configuration normalises latents, its weights with their statistics set are written, too.
+    Where the configuration normalises latents, its weights with their statistics set are written, too. ``encode_ms`` is
+    measured here and now (see :func:`autoenc.evaluation.cost.encode_ms`): it compares between trials that ran on the
+    same kind of machine (``device_name`` in status.json), within about a tenth.
     """
     normalized = config.model.normalize_latents
     if normalized and trajectory.weights(epoch, normalized) is None:
         trajectory.add_figures(epoch, standardize(trajectory, config, dataset, device, epoch), normalized)
     missing = set(wanted) - set(trajectory.figures(epoch, normalized))
-    if "latent/smoothness" in missing:
+    if missing & {"latent/smoothness", "encode_ms"}:
         path = trajectory.weights(epoch, normalized)
         if path is None:
             raise FileNotFoundError(f"{trajectory.folder}: the weights of epoch {epoch} are not kept")
-        images, val = dataset.images, dataset.splits["val"]
-        found = {"latent/smoothness": smoothness(load_model(path, device=device), images, indices=val)}
+        model, images, found = load_model(path, device=device), dataset.images, {}
+        if "latent/smoothness" in missing:
+            found["latent/smoothness"] = smoothness(model, images, indices=dataset.splits["val"])
+        if "encode_ms" in missing:
+            found["encode_ms"] = encode_ms(model, images.shape[1])
         trajectory.add_figures(epoch, found, normalized)
     if FINISHED in missing:
         trajectory.add_figures(epoch, evaluate_final(trajectory, config, dataset, device, epoch), normalized)

@@ -29,7 +29,7 @@ from autoenc.errors import InputError, command
 from autoenc.losses import LOSSES, weighted_sum
 from autoenc.metrics import Means, SplitFigures, loss_figures
 from autoenc.model import Autoencoder, count_parameters, derived_seed, draw
-from autoenc.samples import sample_picture
+from autoenc.samples import sample
 from autoenc.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ class EpochResult:
     """makes a checkpoint of the state after this epoch; to be called before the next epoch is asked for"""
     samples: np.ndarray | None
     """uint8 (height, width, 3): inputs above reconstructions above predicted classes; None except at sample epochs"""
+    latents: np.ndarray | None
+    """float32 (B, C, h, w): of the same images, as :func:`autoenc.samples.sample` gives them"""
 
 
 @dataclass
@@ -153,9 +155,10 @@ def _epochs(run: _Run, done: int, history: Sequence[Mapping[str, float]]) -> Ite
         _check_figures(metrics, settings.monitor, epoch, math.ceil(len(run.train) / settings.batch_size))
         values.append(metrics[settings.monitor])
         sampled = settings.sample_every and (epoch == 1 or epoch % settings.sample_every == 0)
+        picture, latents = _samples(run) if sampled else (None, None)
         yield EpochResult(
             epoch=epoch, metrics=metrics, improved=figures.best_epoch(values, mode) == len(values),
-            samples=_samples(run) if sampled else None, state=partial(_state, run, epoch, metrics),
+            samples=picture, latents=latents, state=partial(_state, run, epoch, metrics),
             seconds=time.perf_counter() - start)
 
 
@@ -257,10 +260,10 @@ def _check_figures(metrics: Mapping[str, float], monitor: str, epoch: int, step:
             raise Diverged(epoch, step, name)
 
 
-def _samples(run: _Run) -> np.ndarray:
+def _samples(run: _Run) -> tuple[np.ndarray, np.ndarray]:
     count = min(SAMPLES, len(run.val))      # always the same, spread over the split
     images = run.val.take(np.linspace(0, len(run.val) - 1, count).round().astype(np.int64))["images"]
-    return sample_picture(run.result.eval(), images, run.dataset.palette, run.autocast())
+    return sample(run.result.eval(), images, run.dataset.palette, run.autocast())
 
 
 def _state(run: _Run, epoch: int, metrics: Mapping[str, float]) -> dict[str, Any]:

@@ -197,8 +197,7 @@ class Trajectory:
         get there (their rows stay, and are yielded, too). A diverged training ends and says so in ``status``; so does
         one whose code raised (see traceback.txt). Raises OSError where the folder cannot be written.
         """
-        from tensorboardX import SummaryWriter
-
+        from autoenc.events import Events
         from autoenc.train import Diverged, train
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -213,7 +212,7 @@ class Trajectory:
                 self._write_status(about, "completed", rows, config, seconds)
             return
         self._write_status(about, "training", rows, config, seconds)
-        events = SummaryWriter(logdir=str(self.folder / "tensorboard"))
+        events = Events(self.folder / "tensorboard", config, first=len(rows) + 1)
         try:
             if (resume["epoch"] if resume else 0) < len(rows):
                 for result in self._again(config, dataset, device, len(rows), resume):
@@ -224,6 +223,8 @@ class Trajectory:
             best = resume["best"] if resume else 0
             spare = {best} if before != "completed" else set()
             for result in train(config, dataset, device=device, resume=resume, history=rows):
+                self.guard()
+                events.epoch(result)     # before the checkpoint: an epoch that is not trained again has its events
                 row = self._record(result, rows, best)
                 if result.improved:
                     if best in spare:
@@ -233,10 +234,9 @@ class Trajectory:
                 rows.append(row)
                 seconds += row["seconds"]
                 self._write_status(about, "training", rows, config, seconds)
-                for name, value in result.metrics.items():
-                    events.add_scalar(name, value, result.epoch)
                 yield row
             self._write_status(about, "completed", rows, config, seconds)
+            events.end()
         except Diverged as error:
             self._write_status(about, "diverged", rows, config, seconds, diverged={
                 "epoch": error.epoch, "step": error.step, "what": error.what})

@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import time
 
 import numpy as np
 import pytest
@@ -369,14 +368,3 @@ def test_data_that_is_gone_or_of_other_kinds(tmp_path, monkeypatch):
     (tmp_path / "items.csv").unlink()
     with pytest.raises(InputError, match=r"(?s)model.pt: the data.*items.csv.*no such file.*--set data.manifest=PATH"):
         main([str(path)])
-
-
-@pytest.mark.slow
-def test_400_images_take_less_than_half_a_minute(tmp_path):
-    """Of one core's time, on one thread: whatever else a machine does, two quiet cores take less."""
-    config = make_config({"data.limit": 2000, "data.cache_dir": str(tmp_path), "loss.segmentation": 0.05}, "test")
-    dataset = prepare(config.data)
-    assert 350 < len(dataset.splits["val"]) + len(dataset.splits["test"]) < 450
-    start = time.process_time()
-    evaluate(build_model(config, dataset), dataset, config, pictures=tmp_path / "pictures")
-    assert time.process_time() - start < 30

@@ -5,23 +5,27 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import small_config, small_dataset
+from racing import KNOB, Lab, decision_of
 
 from autoenc.checkpoint import load_model, read_checkpoint
 from autoenc.figures import STANDARDIZED
 from autoenc.finish import finish
 from autoenc.latents import latent_statistics
 from autoenc.metrics import to_unit
+from autoenc.sweep.store import Store
 from autoenc.trajectory import FINISHED, Trajectory
 
 torch.set_num_threads(1)
 
 DATASET = small_dataset(60)
 SMOOTH = ("latent/smoothness",)
+TINY = {"data__limit": 40, "train__epochs": 2, "train__patience": None}
 
 
 def config_of(**settings):
@@ -56,6 +60,67 @@ def test_figures_are_computed_once(plain, tmp_path):
     assert trajectory.figures(best) == found
     with pytest.raises(FileNotFoundError, match="weights of epoch"):
         finish(trajectory, config_of(), DATASET, "cpu", best + 1, SMOOTH)
+
+
+def test_encoding_is_timed_on_one_thread_and_once(plain, tmp_path):
+    trajectory = Trajectory(Path(shutil.copytree(plain, tmp_path / "t")))
+    best = trajectory.status()["best_epoch"]
+    torch.set_num_threads(2)
+    try:
+        finish(trajectory, config_of(), DATASET, "cpu", best, ["encode_ms"])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    found = trajectory.figures(best)
+    assert found.keys() == {"encode_ms"} and 0.01 < found["encode_ms"] < 1000
+    finish(trajectory, config_of(), DATASET, "cpu", best, ["encode_ms", *SMOOTH])
+    assert trajectory.figures(best)["encode_ms"] == found["encode_ms"]
+    larger, best = train(tmp_path / "larger", model__base_channels=64, train__epochs=1)
+    finish(larger, config_of(model__base_channels=64, train__epochs=1), DATASET, "cpu", best, ["encode_ms"])
+    assert larger.figures(best)["encode_ms"] > found["encode_ms"]
+
+
+def test_a_worker_times_encoding_unasked_but_trains_nothing_for_it(tmp_path, monkeypatch):
+    from autoenc.sweep.work import Task, work
+
+    monkeypatch.setenv("AUTOENC_CACHE", str(tmp_path / "cache"))
+    task = Task(key="key", output=str(tmp_path), config=small_config(**TINY).flat(), threads=1, device="cpu")
+    trajectory = Store(tmp_path).open("key")
+    assert [said.get("epoch") for said in work(task)] == [1, 2, None]
+    best = trajectory.status()["best_epoch"]
+    assert trajectory.figures(best).keys() == {"encode_ms"}
+
+    for name in ("figures.json", "latest.pt"):
+        (trajectory.folder / name).unlink()
+    weights = trajectory.weights(best).read_bytes()
+    trajectory.weights(best).write_bytes(weights[:-100])               # broken: set aside
+    assert [said["outcome"] for said in work(task) if "warning" not in said] == ["completed"]
+    assert trajectory.figures(best) == {} and trajectory.weights(best) is None
+    *trained, outcome = work(replace(task, after=("encode_ms",)))      # asked for by a rule
+    assert trained and outcome == {"outcome": "completed"}
+    assert trajectory.figures(best).keys() == {"encode_ms"} and trajectory.weights(best).read_bytes() == weights
+
+
+@pytest.mark.parametrize("rule, waits", [({}, False), ({"prefer": [{"metric": "parameters"}]}, False),
+                                         ({"prefer": [{"metric": "encode_ms", "mode": "min", "within": "10%"}]}, True),
+                                         ({"require": [{"metric": "encode_ms", "max": 5}]}, True),
+                                         ({"baseline": {"arm": "A", "gains": ["encode_ms"]}}, True)])
+def test_only_a_rule_that_names_it_waits_for_the_time_of_encoding(tmp_path, rule, waits):
+    """A store of an earlier version lacks it."""
+    lab = Lab(tmp_path, arms={"A": {KNOB: 0.1}, "B": {KNOB: 0.101}}, asha=False, decision={"within": "5%", **rule})
+    for arm in ("A", "B"):
+        lab.store_epochs(arm, 8)
+    race = lab.race()
+    assert race.idle != waits
+    assert [race.missing_figures(run) for run in race.runs.values()] == [["encode_ms"] if waits else []] * 2
+    for milliseconds, run in zip((3.0, 2.0), race.runs.values(), strict=True):
+        run.trajectory.add_figures(8, {"encode_ms": milliseconds})
+    race = lab.race()
+    assert race.idle and [record.figures["encode_ms"] for record in race.records()] == [3.0, 2.0]
+    if "prefer" in rule:
+        assert decision_of(race)["winner"] == ("B" if waits else "A")
+    lab.folder.write_trials(race)
+    assert "encode_ms" in (lab.folder.path / "trials.csv").read_text().splitlines()[0].split(",")
 
 
 # Standardised latents -------------------------------------------------------------------------------------------------

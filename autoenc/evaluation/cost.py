@@ -42,6 +42,24 @@ def speed(model: Autoencoder, image_size: int, batch_sizes: tuple[int, ...]) -> 
     return found
 
 
+def encode_ms(model: Autoencoder, image_size: int, seconds: float = 0.3) -> float:
+    """Milliseconds to encode one image in float32, already on the device: the median of the runs that fit into
+    ``seconds`` (at least a few, at most 200).
+
+    On a CPU one thread does it, however many the process has, and what counts is the time that this thread computes:
+    trials that train on the same cores make the clock's time several times as long, and this by a tenth.
+    """
+    device, threads = next(model.parameters()).device, torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            found = _timed(_works(model, image_size, 1)["encode"], device, 1, seconds,
+                           time.perf_counter if device.type == "cuda" else time.thread_time)
+    finally:
+        torch.set_num_threads(threads)
+    return found["latency_ms"]["median"]
+
+
 def device_name(device: torch.device) -> str:
     """What a person calls the device: its model, where the system tells it."""
     if device.type == "cuda":
@@ -62,17 +80,18 @@ def _works(model: Autoencoder, image_size: int, count: int) -> dict[str, Callabl
     return {"encode": lambda: model.encode(images, generator), "decode": lambda: model.decode(latent, heads=("rgb",))}
 
 
-def _timed(work: Callable[[], Any], device: torch.device, count: int) -> dict[str, Any]:
+def _timed(work: Callable[[], Any], device: torch.device, count: int, budget: float = SECONDS,
+           clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
     def once() -> float:
-        start = time.perf_counter()
+        start = clock()
         work()
         if device.type == "cuda":            # the call returns before the GPU is done
             torch.cuda.synchronize(device)
-        return time.perf_counter() - start
+        return clock() - start
 
     for _ in range(WARM_UP):
         once()
-    seconds, end = [], time.perf_counter() + SECONDS
+    seconds, end = [], time.perf_counter() + budget
     while len(seconds) < FEWEST or (time.perf_counter() < end and len(seconds) < MOST):
         seconds.append(once())
     q1, median, q3 = np.percentile(seconds, (25, 50, 75)).tolist()

@@ -145,6 +145,26 @@ def run(race: Race, here: Cluster, *, folder: Path, output: Path, deadline: Dead
         raise interrupt(f"{deadline.source} is nearly over")
 
 
+def apart(race: Race, here: Cluster, function: Callable[..., Any], *task: Any, seconds: float) -> Any:
+    """What ``function(*task, threads, device)`` returns, called in a process of its own with the resources of a trial.
+
+    Raises what it raises, RayError where its process died, TimeoutError after so many seconds.
+    """
+    cpus, gpus, _ = here.share(race.spec.resources, max(1, len(race.runs)))
+    # An actor rather than a task: to end a task by force that has just ended crashes Ray's driver.
+    caller = ray.remote(num_cpus=cpus, num_gpus=gpus)(_Caller).remote()
+    try:
+        return ray.get(caller.call.remote(function, *task, cpus, "cuda" if gpus else "cpu"), timeout=seconds)
+    finally:
+        with suppress(Exception):               # Ray itself is gone
+            ray.kill(caller)
+
+
+class _Caller:
+    def call(self, function: Callable[..., Any], *task: Any) -> Any:
+        return function(*task)
+
+
 class _Driver:
     """What scheduler, searcher and callback share: which Tune trial stands for which run, and why no more may start."""
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from filelock import SoftFileLease, Timeout
 
+from autoenc import figures
 from autoenc.config import Config, make_config
 from autoenc.errors import InputError
 from autoenc.files import write_atomic
@@ -78,13 +79,22 @@ def _steps(task: Task, lock: SoftFileLease, trajectory: Trajectory, config: Conf
         with _released(lock):
             if task.keep is not None:
                 yield from _weights(task, trajectory, config, dataset, task.keep)
-            if task.after and best:
+            if best:
                 from autoenc.finish import finish
 
                 epoch = int(best["epoch"])
-                yield from _weights(task, trajectory, config, dataset, epoch)
-                finish(trajectory, config, dataset, task.device, epoch, task.after)
+                if task.after:
+                    yield from _weights(task, trajectory, config, dataset, epoch)
+                if after := {*task.after, *_in_passing(trajectory, config, epoch)}:
+                    finish(trajectory, config, dataset, task.device, epoch, after)
     yield outcome
+
+
+def _in_passing(trajectory: Trajectory, config: Config, epoch: int) -> set[str]:
+    """What is measured without being asked for. It is no reason to train again for weights that are not kept."""
+    normalized = config.model.normalize_latents
+    missing = set(figures.IN_PASSING) - set(trajectory.figures(epoch, normalized))
+    return missing if missing and trajectory.whole_weights(epoch, normalized) else set()
 
 
 def _weights(task: Task, trajectory: Trajectory, config: Config, dataset: Any, epoch: int) -> Iterator[dict[str, Any]]:
