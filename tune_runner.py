@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,11 @@ from autoenc import data
 from autoenc.config import DataConfig
 from autoenc.errors import InputError, command, did_you_mean
 from autoenc.interrupts import Deadline, limited
+from autoenc.report import gallery
+from autoenc.report.watch import Watched
 from autoenc.sweep import doors, export, final, inherit, live, plan, walltime
+from autoenc.sweep.journal import write_journal
+from autoenc.sweep.missed import missed
 from autoenc.sweep.phase import Phase, conclude, decide_race, device_kind, open_phase, standing_decision, survey
 from autoenc.sweep.race import Race
 from autoenc.sweep.spec import Spec
@@ -181,6 +186,7 @@ class Runner:
             files = conclude(phase, race, decision, folder)
             folder.emit(event="decided", winner=decision["winner"])
             winner = inherit.read_winner(folder.path)
+            self.show_arms(phase, race, decision)
             files.append(self.report(phase, race, decision, winner))
             if said := StoreBudget(self.output, spec.name, spec.resources.store_gb).keep(lambda: decision,
                                                                                          emit=folder.emit):
@@ -195,6 +201,7 @@ class Runner:
         progress = live.Progress(self.console, race, self.cluster.share(phase.spec.resources, len(race.runs))[2])
         linked, budget = len(race.trials), StoreBudget(self.output, phase.spec.name, phase.spec.resources.store_gb)
         ended = {run.id for run in race.runs.values() if run.ended}
+        page = Watched(lambda state: self.report_so_far(phase, race, state), progress.say)
 
         def changed() -> None:
             nonlocal linked
@@ -206,6 +213,8 @@ class Runner:
                 ended.add(run.id)
                 if said := budget.keep(lambda: standing_decision(race), run.key, phase.folder.emit):
                     progress.say(said)
+            if any(run.trained for run in race.runs.values()):
+                page.changed()
 
         self.console.print()
         try:
@@ -215,8 +224,23 @@ class Runner:
         except BaseException:
             with suppress(OSError):             # it may be what there is to tell
                 phase.folder.write_trials(race)
+                write_journal(phase.folder.path / "optuna.log", race)
+            page.interrupted()
             raise
         phase.folder.write_trials(race)
+
+    def show_arms(self, phase: Phase, race: Race, decision: dict[str, Any]) -> None:
+        """Pictures of the arms on the same images, for the report; where nothing was trained those that there are stay.
+        """
+        if self.cluster is None:
+            return
+        from autoenc.sweep import run_ray
+
+        with self.console.status("comparing the arms' reconstructions …"):
+            said = gallery.draw(race, decision, phase.folder.path / "gallery",
+                                partial(run_ray.apart, race, self.cluster), self.deadline)
+        if said:
+            self.console.print(f"! {said}", style="yellow", markup=False, soft_wrap=True)
 
     def stand(self, phase: Phase, named: bool) -> bool:
         """An unchanged, decided sweep: its tables are written from the store again, nothing is trained."""
@@ -239,15 +263,26 @@ class Runner:
         return True
 
     def report(self, phase: Phase, race: Race, decision: dict[str, Any], winner: inherit.Winner | None) -> Path:
-        from autoenc.sweep.report import write_report
+        from autoenc.report.index import write_index
+        from autoenc.report.sweep import write_report
 
         path = phase.folder.path / "report.html"
         write_report(path, race, decision, winner=winner, dataset_words=plan.data_in_words(phase.dataset),
                      command=self.command_for(phase.spec), remarks=self.remarks(phase, race, decision))
+        write_index(self.output)
         return path
 
+    def report_so_far(self, phase: Phase, race: Race, state: str) -> None:
+        from autoenc.report.index import write_index
+        from autoenc.report.sweep import write_report
+
+        write_report(phase.folder.path / "report.html", race, standing_decision(race), winner=None, state=state,
+                     dataset_words=plan.data_in_words(phase.dataset), command=self.command_for(phase.spec))
+        write_index(self.output, running=phase.spec.name if state == "running" else None)
+
     def remarks(self, phase: Phase, race: Race, decision: dict[str, Any]) -> list[final.Remark]:
-        return final.remarks(race, export.winning_trial(race, decision), phase.parent, self.output)
+        return [*final.remarks(race, export.winning_trial(race, decision), phase.parent, self.output),
+                *missed(race, decision)]
 
     def join_cluster(self) -> None:
         """Start Ray, or join the cluster asked for, and see that every sweep's trials fit it."""

@@ -1,151 +1,21 @@
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 import subprocess
 import sys
-from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pages import FAIR, GOOD, NASTY, POOR, Page, Sweep, arms, rows_of
 from PIL import Image
 
-from autoenc.sweep import inherit
-from autoenc.sweep.charts import embedded
-from autoenc.sweep.decide import decide
-from autoenc.sweep.inherit import Winner
-from autoenc.sweep.race import Race
-from autoenc.sweep.report import number, render, write_report
-from autoenc.sweep.store import Store
-from autoenc.table import csv_text
-from autoenc.trajectory import trajectory_key
+from autoenc.report.page import number
+from autoenc.report.sweep import write_report
+from autoenc.sweep.phase import decide_race
 from autoenc.yamlfile import dump_yaml
-
-GOOD = [0.5, 0.4, 0.3, 0.2, 0.1]
-FAIR = [0.55, 0.45, 0.31, 0.22, 0.104]
-POOR = [0.9, 0.8, 0.7]
-
-
-class Page(HTMLParser):
-    """What a browser would see: the text, the elements with their attributes, tables, the charts' data."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: list[tuple[str, dict]] = []
-        self.tables: list[list[list[str]]] = []
-        self.charts: list[dict] = []
-        self.words = ""
-        self._inside = self._cell = ""
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        self._inside = "chart" if ("type", "application/json") in attributes else tag
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-            self._cell = tag
-
-    def handle_endtag(self, tag):
-        self._inside = ""
-        self._cell = "" if tag == self._cell else self._cell
-
-    def handle_data(self, data):
-        if self._inside == "chart":
-            self.charts.append(json.loads(data))
-        elif self._inside not in ("script", "style"):
-            self.words += data
-            if self._cell:
-                self.tables[-1][-1][-1] += data
-
-    def text(self) -> str:
-        return " ".join(self.words.split())
-
-    def row(self, name: str, table: int = 0) -> list[str]:
-        cells = [[" ".join(cell.split()) for cell in row] for row in self.tables[table]]
-        return next(row for row in cells if row[0] == name)
-
-    def count(self, tag: str) -> int:
-        return sum(name == tag for name, _ in self.tags)
-
-    def pictures(self) -> list[Image.Image]:
-        sources = [attributes["src"] for tag, attributes in self.tags if tag == "img"]
-        assert all(source.startswith("data:image/png;base64,") for source in sources)
-        return [Image.open(io.BytesIO(base64.b64decode(source.split(",", 1)[1]))) for source in sources]
-
-
-def rows_of(values, **figures):
-    return [{"epoch": epoch, "seconds": 2.0, "val/mse": value, "train/mse": value * 0.9, "val/psnr": 20.0 + epoch,
-             "parameters": 1234567.0, **figures} for epoch, value in enumerate(values, start=1)]
-
-
-class Sweep:
-    """A sweep in a folder, its trajectories as training leaves them."""
-
-    def __init__(self, folder: Path, arms: dict, **content) -> None:
-        self.output = folder / "outputs"
-        self.past: list[dict] = []
-        content = {"name": "phase", "config": {"train": {"epochs": 5}}, "arms": arms,
-                   "asha": {"grace_epochs": 2, "reduction_factor": 2},
-                   "decision": {"within": "5%", "prefer": [{"metric": "parameters", "mode": "min"}]}, **content}
-        path = folder / "phase.yaml"
-        path.write_text(dump_yaml(content), encoding="utf-8")
-        self.spec = inherit.load_chain(path)[-1]
-        self.start = inherit.starting_point(self.spec, None)
-        self.arms = inherit.arm_candidates(self.spec, self.start)
-        self.store = Store(self.output)
-        for arm in self.arms:
-            (self.folder(arm.name) / "samples").mkdir(parents=True, exist_ok=True)
-
-    def folder(self, arm: str) -> Path:
-        config = next(candidate.config for candidate in self.arms if candidate.name == arm)
-        return self.store.open(self.key(config)).folder
-
-    @staticmethod
-    def key(config) -> str:
-        return trajectory_key(config, "fingerprint", "cpu")
-
-    def trained(self, arm: str, rows, **status) -> None:
-        folder = self.folder(arm)
-        (folder / "metrics.csv").write_text(csv_text(rows))
-        (folder / "status.json").write_text(json.dumps({
-            "state": "training", "epochs": len(rows), "best_epoch": len(rows), "device": "cpu", "data": "fingerprint",
-            "versions": {"torch": "9.9"}, **status}))
-
-    def sample(self, arm: str, epoch: int, colour=(200, 30, 60), size=(64, 24)) -> None:
-        Image.new("RGB", size, colour).save(self.folder(arm) / "samples" / f"epoch_{epoch:04d}.png")
-
-    def stopped(self, arm: str, epoch: int, value: float, best: float, by: str) -> None:
-        config, other = (next(c.config for c in self.arms if c.name == name) for name in (arm, by))
-        self.past.append({"event": "stopped", "key": self.key(config), "epoch": epoch, "value": value, "cutoff": best,
-                          "best": best, "beaten_by": [self.key(other)], "metric": "val/mse"})
-
-    def race(self) -> Race:
-        return Race(self.spec, self.start, self.arms, key_of=self.key, open_trajectory=self.store.open,
-                    past=self.past, retry=False)
-
-    def winner(self, arm: str, **provenance) -> Winner:
-        config = next(candidate.config for candidate in self.arms if candidate.name == arm)
-        return Winner("phase", config.flat(), {"arm": arm, "trial": f"{arm}_seed42", **provenance})
-
-    def page(self, winner: Winner | None = None, command: str = "python tune_runner.py phase.yaml",
-             data: str = "99 images") -> Page:
-        race = self.race()
-        decision = decide(race.records(), [arm.name for arm in self.arms], self.spec.objective, self.spec.decision)
-        return Page(render(race, decision, winner=winner, dataset_words=data, command=command, output=self.output))
-
-
-def arms(*names, **more) -> dict:
-    return {name: {"train.learning_rate": 10.0 ** -(place + 2), **more} for place, name in enumerate(names)}
 
 
 @pytest.fixture
@@ -166,20 +36,20 @@ def test_says_who_wins_by_how_much_and_who_was_stopped(sweep):
     assert "smallest val/mse; whatever is within 5% of it is as good, then smaller parameters" in text
     assert "C_seed42 stopped at epoch 2: val/mse 0.8, 100.0% behind the best there (0.4)" in text
     assert "12 from the store" in text and "3 spared by early stopping" in text
-    assert "Still improving by more than 5% over the last 3 epochs: A_seed42 (300%)" in text
-    assert "One seed each." in text
+    assert "Still improving by more than 5% over the last 3 epochs: A (300%)" in text
+    assert "One seed each: nothing here tells a difference from noise." in text
 
 
 def test_candidates_have_score_figures_settings_and_verdict(sweep):
     page = sweep.page(sweep.winner("A"))
-    assert page.tables[0][0] == ["arm", "verdict", "val/mse", "behind", "val/psnr", "parameters", "seeds", "epochs",
+    assert page.tables[0][0] == ["arm", "verdict", "val/mse", "behind", "val/psnr", "parameters", "epochs",
                                  "differs from its start by"]
     first, second, stopped = page.row("A"), page.row("B"), page.row("C")
-    assert first[2:8] == ["0.1000", "best", "25", "1,234,567", "1", "5 of 5"]
+    assert first[2:7] == ["0.1000", "best", "25", "1,234,567", "5 of 5 1 seed"]
     assert second[2:4] == ["0.1040", "4%"] and second[1].startswith("as good")
     assert stopped[1].startswith("behind at epoch 2") and stopped[2:4] == ["0.8000", "—"]
     start = sweep.start["train.learning_rate"]
-    assert first[8] == f"train.learning_rate {start:g} → 0.01"
+    assert first[7] == f"train.learning_rate {start:g} → 0.01"
 
 
 def test_winner_that_conceded_says_so(tmp_path):
@@ -232,34 +102,12 @@ def test_many_arms_share_grey_but_the_best_have_colours(tmp_path):
     assert {trace["name"] for trace in rest} == {"other arms"} and sum(trace["showlegend"] for trace in rest) == 1
 
 
-def test_pictures_are_the_last_within_this_sweep(sweep):
-    sweep.sample("A", 1, colour=(1, 2, 3))
-    sweep.sample("A", 5, colour=(10, 200, 30))
-    sweep.sample("A", 8, colour=(7, 7, 7))                    # of a longer training that the store holds
-    sweep.sample("C", 1, colour=(99, 0, 0))
-    (sweep.folder("B") / "samples" / "epoch_0005.png").write_bytes(b"no picture")
-    page = sweep.page(sweep.winner("A"))
-    pictures = page.pictures()
-    assert [picture.convert("RGB").getpixel((3, 3)) for picture in pictures] == [(10, 200, 30), (99, 0, 0)]
-    assert "A winner epoch 5 of 5" in page.text() and "C behind at epoch 2 epoch 1 of 2" in page.text()
-
-
-def test_large_pictures_are_shrunk_until_they_fit(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
-    path = tmp_path / "epoch_0001.png"
-    Image.fromarray(noise).save(path)
-    whole = base64.b64decode(embedded(path, 10_000_000)["src"].split(",")[1])
-    small = base64.b64decode(embedded(path, 100_000)["src"].split(",")[1])
-    assert whole == path.read_bytes()
-    assert len(small) <= 100_000 and Image.open(io.BytesIO(small)).size == (200, 150)
-
-
 def test_the_page_stays_below_its_bound_and_loads_nothing(sweep):
     noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (1100, 1500, 3), dtype=np.uint8))
     for arm in "ABC":
         noise.save(sweep.folder(arm) / "samples" / "epoch_0002.png", compress_level=1)
     race = sweep.race()
-    decision = decide(race.records(), list("ABC"), sweep.spec.objective, sweep.spec.decision)
+    decision = decide_race(race)
     path = sweep.output / "phase" / "report.html"
     path.parent.mkdir()
     write_report(path, race, decision, winner=sweep.winner("A"), dataset_words="", command="again")
@@ -270,9 +118,6 @@ def test_the_page_stays_below_its_bound_and_loads_nothing(sweep):
         assert all(attributes.get(name, "data:").startswith("data:") for name in ("src", "href")), tag
     policy = next(a["content"] for tag, a in page.tags if tag == "meta" and a.get("http-equiv"))
     assert "default-src 'none'" in policy and "http" not in policy
-
-
-NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \"quotes\" {{ 7*7 }} {% raise %}"
 
 
 def test_text_from_files_is_never_markup(tmp_path):
@@ -299,8 +144,7 @@ def test_any_hypothesis_is_shown_as_it_is(tmp_path_factory, text):
     object.__setattr__(made.arms[0], "hypothesis", f"<{text}>")
     path = made.output / "report.html"
     race = made.race()
-    write_report(path, race, decide(race.records(), ["A"], made.spec.objective, made.spec.decision), winner=None,
-                 dataset_words="", command="")
+    write_report(path, race, decide_race(race), winner=None, dataset_words="", command="")
     told = f"<{text}>".encode("utf-8", "replace").decode()
     assert " ".join(told.split()) in Page(path.read_bytes().decode()).text()
 
@@ -332,24 +176,18 @@ def test_one_arm(tmp_path):
     made = Sweep(tmp_path, {"only": {}})
     made.trained("only", rows_of(GOOD))
     page = made.page(made.winner("only"))
-    assert "only wins The only candidate." in page.text() and "One seed each" not in page.text()
-    assert page.row("only")[8] == "nothing"
+    assert "only wins val/mse 0.1000, the only candidate." in page.text() and "One seed each" not in page.text()
+    assert page.row("only")[7] == "nothing"
 
 
 def test_seeds_give_a_standard_error_and_dashed_lines(tmp_path):
     made = Sweep(tmp_path, arms("A", "B"), decision={"repeats": 2, "within": "5%"})
     made.trained("A", rows_of(GOOD))
     made.trained("B", rows_of(FAIR))
-    for arm, end in zip(made.arms, (0.12, 0.124), strict=True):
-        again = arm.config.train.model_copy(update={"seed": arm.config.train.seed + 1})
-        folder = made.store.open(made.key(arm.config.model_copy(update={"train": again}))).folder
-        folder.mkdir()
-        (folder / "metrics.csv").write_text(csv_text(rows_of([*GOOD[:4], end])))
-    race = made.race()
-    assert race.idle
-    decision = decide(race.records(), ["A", "B"], made.spec.objective, made.spec.decision)
-    page = Page(render(race, decision, winner=made.winner("A"), dataset_words="", command="", output=made.output))
-    assert page.row("A")[2] == "0.1100 ± 0.01000" and page.row("A")[5:7] == ["2", "10 of 10"]
+    made.repeated("A", 1, rows_of([*GOOD[:4], 0.12]))
+    made.repeated("B", 1, rows_of([*GOOD[:4], 0.124]))
+    page = made.page(made.winner("A"))
+    assert page.row("A")[2] == "0.1100 ± 0.01000" and page.row("A")[5] == "10 of 10 2 seeds"
     dashes = [trace["line"]["dash"] for trace in page.charts[0]["data"] if "seed" in trace.get("hovertemplate", "")]
     assert sorted(dashes) == ["dash", "dash", "solid", "solid"]
     assert len(page.charts[1]["data"]) == 4 and "One seed each" not in page.text()
@@ -389,5 +227,185 @@ def test_numbers_read_as_numbers(value):
 
 
 def test_loading_it_loads_neither_torch_nor_ray_nor_plotly():
-    code = "import sys, autoenc.sweep.report; print([m for m in ('torch', 'ray', 'plotly') if m in sys.modules])"
+    code = "import sys, autoenc.report.sweep; print([m for m in ('torch', 'ray', 'plotly') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def repeated_sweep(tmp_path, **decision) -> Sweep:
+    """Three seeds: B is 1% better than the baseline A, C 3% worse, all by nearly the same on every seed."""
+    made = Sweep(tmp_path, arms("A", "B", "C"), asha=False, decision={
+        "repeats": 3, "baseline": {"arm": "A", "margin": "1%", "gains": ["val/palette_miou"]}, **decision})
+    for arm, factor, miou in (("A", 1.0, 0.50), ("B", 0.99, 0.60), ("C", 1.03, 0.50)):
+        for k, noise in enumerate((1.0, 1.05, 0.96)):
+            rows = rows_of([0.5, 0.4, 0.3, 0.2, 0.1 * factor * noise * (1 + 0.001 * k)], **{"val/palette_miou": miou})
+            if k:
+                made.repeated(arm, k, rows)
+            else:
+                made.trained(arm, rows)
+    return made
+
+
+def test_intervals_against_the_best_are_on_top(tmp_path):
+    made = repeated_sweep(tmp_path)
+    text = made.page(made.winner("B")).text()
+    top = text[:text.index("Candidates")]
+    assert "Over 3 seeds B is shown to be better than A (95% confidence for all together)." in top
+    behind = {row["arm"]: row["behind"] for row in made.decision()["candidates"]}
+    assert f"{100 * behind['A']['low']:+.2g}% to {100 * behind['A']['high']:+.2g}%" in top
+
+
+def test_a_winner_whose_lead_is_not_shown_is_told_so(tmp_path):
+    made = Sweep(tmp_path, arms("A", "B"), asha=False, decision={"repeats": 2, "within": "5%"})
+    made.trained("A", rows_of([*GOOD[:4], 0.100]))
+    made.trained("B", rows_of([*GOOD[:4], 0.104]))
+    made.repeated("A", 1, rows_of([*GOOD[:4], 0.105]))
+    made.repeated("B", 1, rows_of([*GOOD[:4], 0.103]))
+    assert "not shown to be better than B" in made.page(made.winner("A")).text()
+    preferred = Sweep(tmp_path, arms("A", "B"), asha=False, decision={
+        "repeats": 2, "within": "5%", "prefer": [{"metric": "val/palette_miou", "mode": "max"}]})
+    for arm, ends, miou in (("A", (0.100, 0.105), 0.1), ("B", (0.104, 0.103), 0.9)):
+        preferred.trained(arm, rows_of([*GOOD[:4], ends[0]], **{"val/palette_miou": miou}))
+        preferred.repeated(arm, 1, rows_of([*GOOD[:4], ends[1]], **{"val/palette_miou": miou}))
+    text = preferred.page(preferred.winner("B")).text()
+    assert "the seeds do not show which of the two is better" in text
+    assert "That it is within the 5% that the rule allows is not shown." in text
+
+
+def test_baseline_has_an_interval_for_the_objective_and_each_gain(tmp_path):
+    made = repeated_sweep(tmp_path)
+    page = made.page(made.winner("B"))
+    section = page.text()[page.text().index("Against the baseline, A"):]
+    assert "val/mse, smaller is better" in section and "val/palette_miou, larger is better" in section
+    assert "helps +20%" in section and "hurts" in section
+    assert page.row("B")[1].startswith("winner helps") and page.row("C")[1].startswith("worse hurts")
+    assert page.row("A")[1].startswith("worse baseline")
+    bars = [attributes["style"] for tag, attributes in page.tags if tag == "i" and "bar" in attributes.get("class", "")]
+    assert len(bars) == 1 + 2 * 2              # A behind the best (C fell out after two seeds); two figures of B and C
+
+
+def test_what_an_undecided_verdict_would_take(tmp_path):
+    made = Sweep(tmp_path, arms("A", "B"), asha=False, decision={
+        "within": "2%", "baseline": {"arm": "A", "margin": "1%"}, "repeats": 2})
+    for arm, ends in (("A", (0.100, 0.110)), ("B", (0.101, 0.105))):
+        made.trained(arm, rows_of([*GOOD[:4], ends[0]]))
+        made.repeated(arm, 1, rows_of([*GOOD[:4], ends[1]]))
+    row = next(row for row in made.decision()["candidates"] if row["arm"] == "B")
+    assert row["verdict"] == "undecided"
+    needed = row["baseline"]["seeds_needed"]
+    expected = f"about {needed} seeds" if needed else "more seeds than anyone would train"
+    assert f"What it would take B: {expected}, if the means stay" in made.page(made.winner("B")).text()
+
+
+def test_arms_still_improving_are_marked_on_the_chart(sweep):
+    marks = [trace for trace in sweep.page().charts[0]["data"] if trace["name"] == "still improving"]
+    assert marks[0]["x"] == [5, 5] and sorted(marks[0]["y"]) == [0.1, 0.104]       # C was stopped: nobody knows
+
+
+def test_cost_of_repeats_and_what_racing_spared(tmp_path):
+    made = repeated_sweep(tmp_path, repeats=4)
+    for arm, end in (("A", 0.1), ("B", 0.099)):
+        made.repeated(arm, 3, rows_of([*GOOD[:4], end], **{"val/palette_miou": 0.5}))
+    race = made.race()
+    assert race.idle
+    given = {name: sum(trial.candidate.name == name for trial in race.trials) for name in "ABC"}
+    text = made.page(made.winner("B")).text()
+    assert given["A"] == given["B"] == 4 and given["C"] < 4
+    assert f"Of all these, {5 * (sum(given.values()) - 3)} went into further seeds" in text
+    assert f"; {5 * (4 - given['C'])} more were spared because candidates were ruled out" in text
+
+
+def searched_sweep(tmp_path, points: int) -> Sweep:
+    """Points drawn from a space by an earlier run: the nearer the rate is to 0.01, the better."""
+    made = Sweep(tmp_path, {"A": {"train.learning_rate": 0.01}}, asha=False, search={"trials": 1 + points},
+                 space={"train.learning_rate": {"type": "float", "low": 1e-4, "high": 1.0, "log": True},
+                        "loss.l1": {"type": "float", "low": 0.1, "high": 1.0, "zero": True},
+                        "train.schedule": {"type": "choice", "choices": ["constant", "cosine"]}})
+    made.trained("A", rows_of([0.5, 0.4, 0.3, 0.2, 0.1]))
+    for place in range(points):
+        rate = 10.0 ** (-4 + 4 * place / (points - 1))
+        point = {"train.learning_rate": rate, "loss.l1": 0.1 + 0.08 * (place * 7 % 10) if place % 3 else 0.0,
+                 "train.schedule": "cosine" if place % 2 else "constant"}
+        error = 0.1 + 0.02 * abs(math.log10(rate) + 2)
+        made.sampled(f"S{place + 1:03d}", point, rows_of([0.6, 0.5, 0.4, 0.3, error]))
+    return made
+
+
+def test_search_shows_importances_and_parallel_coordinates(tmp_path):
+    made = searched_sweep(tmp_path, 24)
+    page = made.page(made.winner("A"))
+    text = page.text()
+    assert "What mattered train.learning_rate" in text
+    lines = [trace for trace in page.charts[-1]["data"] if "hovertemplate" in trace]
+    assert len(lines) == 25 and "A</b> (winner)" in lines[-1]["hovertemplate"]
+    ys = {trace["hovertemplate"].split("</b>")[0][3:]: trace["y"] for trace in lines}
+    assert [round(ys[name][0], 6) for name in ("S001", "S024")] == [0.0, 1.0]                 # log axis, low to high
+    assert ys["A"][0] == pytest.approx(0.5)
+    assert ys["S001"][1] == 0.0 < ys["S002"][1]                                                # exact 0 below the range
+    assert {ys["S001"][2], ys["S002"][2]} == {0.0, 1.0}
+    assert ys["A"][3] == 0.0 and max(y[3] for y in ys.values()) == 1.0                         # the objective, last
+    marks = {(note["x"], note["text"]) for note in page.charts[-1]["layout"]["annotations"]}
+    assert {(0, "0.0001"), (0, "1"), (1, "0"), (2, "cosine"), (3, "0.1")} <= marks
+
+
+def test_few_points_say_nothing_about_importance(tmp_path):
+    made = searched_sweep(tmp_path, 3)
+    assert "No setting stands out from chance" in made.page(made.winner("A")).text()
+
+
+@pytest.mark.parametrize("state", ["running", "interrupted"])
+def test_before_it_is_decided_nothing_sounds_final(sweep, state):
+    page = sweep.page(state=state)
+    text = page.text()
+    assert f"{state.capitalize()}: A would win if it ended now A_seed42 has the best val/mse so far, 0.1000." in text
+    assert "wins val/mse" not in text and "If it ended now" in text and "How it was decided" not in text
+    assert "3 of 3 trials have ended, 12 epochs so far." in text
+    refreshes = [attributes for tag, attributes in page.tags if attributes.get("http-equiv") == "refresh"]
+    assert len(refreshes) == (state == "running")
+    assert ("the same command goes on from here" in text) == (state == "interrupted")
+
+
+def test_a_sweep_that_has_only_begun_has_a_page(tmp_path):
+    made = Sweep(tmp_path, arms("A", "B"))
+    made.trained("A", rows_of([0.5]))
+    race = made.race()
+    assert not race.idle
+    page = made.page(state="running")
+    assert "Running: no trial has ended yet A_seed42 has the best val/mse so far, 0.5000." in page.text()
+    assert page.row("A_seed42")[2] == "1 of 5" and page.row("B_seed42")[2] == "0 of 5"
+    assert page.charts[0]["data"][0]["y"] == [0.5]
+
+
+def test_plotly_knows_every_chart(tmp_path, sweep):
+    from plotly import graph_objects
+
+    (tmp_path / "searched").mkdir()
+    for made in (sweep, searched_sweep(tmp_path / "searched", 12)):
+        charts = made.page().charts
+        assert len(charts) >= 2
+        for chart in charts:
+            graph_objects.Figure(chart)                               # raises for what it does not know
+
+
+@pytest.mark.slow
+def test_fifty_trials_with_pictures_stay_below_the_bound(tmp_path):
+    names = [f"A{place}" for place in range(50)]
+    made = Sweep(tmp_path, {name: {"train.weight_decay": 0.001 * (place + 1)} for place, name in enumerate(names)},
+                 config={"train": {"epochs": 50}}, asha=False)
+    noise = np.random.default_rng(0)
+    folder = made.output / "phase" / "gallery"
+    folder.mkdir(parents=True)
+    told = {}
+    for place, name in enumerate(names):
+        made.trained(name, rows_of([1 / epoch + 0.1 + 0.002 * place for epoch in range(1, 51)]))
+        Image.fromarray(noise.integers(0, 256, (256, 1152, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+        told[name] = {"key": made.folder(name).name, "epoch": 50, "picture": f"{name}.png", "psnr": [20.0] * 9,
+                      "latent": {"edges": np.linspace(-3, 3, 41).tolist(), "mean": [0.0] * 64, "std": [1.0] * 64,
+                                 "counts": noise.integers(0, 5000, (64, 40)).tolist()}}
+    (folder / "gallery.json").write_text(json.dumps({
+        "format": 1, "inputs": "A0.png", "cell": 128, "rows": ["image", "classes"], "arms": told,
+        "columns": [{"kind": kind} for kind in ("best", "typical", "worst") for _ in range(3)]}))
+    race = made.race()
+    path = made.output / "phase" / "report.html"
+    write_report(path, race, decide_race(race), winner=made.winner("A0"), dataset_words="", command="")
+    assert path.stat().st_size < 15_000_000
+    assert len([picture for picture in Page(path.read_text()).pictures() if picture.size == (40, 64)]) == 24
