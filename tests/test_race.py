@@ -551,3 +551,12 @@ def test_how_steady_a_training_was_and_how_soon_it_came_near_its_best(lab):
                config={"train": {"epochs": 4}})
     found = here.run().records()[0].figures
     assert (found["stability/spikes"], found["stability/epochs"]) == (4, 2)
+
+
+def test_the_store_may_hold_further_seeds(lab):
+    here = lab({"A": 0.1, "B": 0.101}, decision={"repeats": 3, "within": "2%"})
+    assert here.race().stored_repeats == 0
+    here.store_epochs("A", 5, seed=44)
+    assert here.race().stored_repeats == 5
+    here.run()
+    assert here.race().stored_repeats == 32

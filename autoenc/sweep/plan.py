@@ -71,6 +71,8 @@ def show_plan(console: Console, spec: Spec, arms: Sequence[Candidate], parent: W
         spec, arms, race, slots, seconds_per_epoch, free)
     if spec.takes_over and race and reasons and all(run.at_end for run in race.runs.values()):
         budget = "nothing to train: the winner is taken over as it was trained"
+    elif race and reasons and race.idle:
+        budget = "nothing to train: the store holds all of it"
     console.print(f"budget       {budget}")
     console.print("rule         " + rule_in_words(spec))
 
@@ -83,7 +85,7 @@ def _budget(spec: Spec, arms: Sequence[Candidate], race: Race | None, slots: int
     first = sum(arm.config.train.epochs for arm in arms) + max(0, sampled) * each
     if race:
         first -= sum(run.config.train.epochs if run.ended else run.stored for run in race.runs.values())
-    repeats = (spec.decision.repeats - 1) * each * spec.trials
+    repeats = max(0, (spec.decision.repeats - 1) * each * spec.trials - (race.stored_repeats if race else 0))
     most = max(0, first) + repeats
     said = [f"at most {most} epochs" + (f" ({repeats} of them further seeds for the finalists)" if repeats else "")]
     sizes = [parameters(arm.config) for arm in arms]

@@ -196,6 +196,15 @@ class Race(Standing):
         return False
 
     @property
+    def stored_repeats(self) -> int:
+        """Epochs of further seeds that the store holds already, of candidates known so far."""
+        rule, base = self.spec.decision, self.start["train.seed"]
+        firsts = {trial.run.id: trial.candidate.config for trial in self.trials if trial.seed == base}
+        configs = [reseeded(config, k, rule.repeats_vary) for config in firsts.values() for k in range(1, rule.repeats)]
+        return sum(min(len(self.open_trajectory(self._trajectory_key(config)).rows()), config.train.epochs)
+                   for config in configs)
+
+    @property
     def _order(self) -> list[str]:
         return list(dict.fromkeys(trial.candidate.name for trial in self.trials))
 
