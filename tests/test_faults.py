@@ -15,15 +15,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path("/proc/self/stat").e
 SMALL = Size(epochs=8, images=200, trials=5)
 
 
-def figures(fault: Callable[..., Findings], folder: Path, **more: Any) -> dict[str, Any]:
-    findings = fault(folder / "fault", size=SMALL, **more)
+def figures(fault: Callable[..., Findings], folder: Path, size: Size = SMALL, **more: Any) -> dict[str, Any]:
+    findings = fault(folder / "fault", size=size, **more)
     assert not findings.broken, "\n".join(map(str, (*findings.figures.items(), *findings.broken)))
     return findings.figures
 
 
 def test_a_killed_command_goes_on(tmp_path):
-    found = figures(faults.driver, tmp_path, kills=3)
-    assert found["kills"] == sum(found["of these while it was"].values()) == 3
+    found = figures(faults.driver, tmp_path, kills=2)
+    assert found["kills"] == sum(found["of these while it was"].values()) == 2
     assert found["stored epochs trained again"] == 0 < found["epochs stored"]
 
 
@@ -40,7 +40,7 @@ def test_a_lost_node_gives_its_trials_back(tmp_path):
 
 
 def test_sweeps_at_the_same_time_train_nothing_twice(tmp_path):
-    assert figures(faults.together, tmp_path)["epochs trained twice"] == 0
+    assert figures(faults.together, tmp_path, Size(epochs=4, images=120, trials=5))["epochs trained twice"] == 0
 
 
 def test_a_diverging_trial_ends_at_once(tmp_path):

@@ -314,11 +314,11 @@ def test_a_broken_gallery_is_none(arms, tmp_path, content):
 # On a cluster ---------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
-def cluster(tmp_path):
+def cluster(ray_token):
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)
-        patch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(ray_token))
         repository = Path(__file__).resolve().parents[1]
         patch.setenv("PYTHONPATH", os.pathsep.join([str(repository), str(repository / "tests")]))
         doors.prepare_local()
