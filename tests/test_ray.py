@@ -270,7 +270,7 @@ def test_arms_in_every_order_through_ray(tmp_path, cluster):
     from autoenc.sweep import run_ray
 
     winners, stops = set(), 0
-    few = 0 < int(os.environ.get("AUTOENC_EXAMPLES", "0")) < 1000              # asked for in general: each takes seconds
+    few = 0 < int(os.environ.get("AUTOENC_EXAMPLES", "0")) < 1000          # each takes seconds
     for number, order in enumerate(list(itertools.permutations(ARMS))[::4 if few else 1]):
         folder = tmp_path / str(number)
         folder.mkdir()
