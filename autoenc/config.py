@@ -20,6 +20,7 @@ from autoenc.yamlfile import read_yaml
 
 STANDARDIZATION = 0.1            # weight of the loss of model.normalizer: loss, as the source's author ended with
 HEADS = ("rgb", "segmentation", "classification")
+TERMS = ("mse", "l1", "segmentation", "classification", "kl", "standardization")       # weights among loss.…
 
 
 def _as_tuple(value: Any) -> Any:
@@ -121,17 +122,38 @@ class ModelConfig(Section):
     normalising and its inverse, which gives them no gradient: as the source did, to compare with"""
     heads: Heads | None = None
     """decoder heads; none: rgb, and those whose loss weight is above 0"""
+    norm: Literal["group", "batch"] = "group"
+    """normalisation of the layers. batch: statistics of the batch while training, running ones otherwise"""
+    init: Literal["default", "xavier", "kaiming"] = "default"
+    """weights of the layers at the start: torch's own (default), xavier_uniform_, kaiming_normal_; the latter two with
+    biases 0"""
 
 
 class LossConfig(Section):
-    """Weights of the loss terms; 0 leaves a term out."""
+    """Weights of the loss terms, 0 leaves a term out; and what shapes the KL divergence."""
 
     mse: Weight = 1.0
     l1: Weight = 0.0
     segmentation: Weight = 0.0
     classification: Weight = 0.0
     kl: Weight = 0.0
-    """mean over latent dimensions; without effect unless model.variational"""
+    """full weight of the KL divergence from N(0, 1); like what shapes it, without effect unless model.variational"""
+    kl_reduction: Literal["mean", "sum"] = "mean"
+    """mean: nats, mean over latent dimensions; sum: nats summed over them, divided by the numbers of an image: beside
+    mse, which is a mean over those, a weight then means the same at every latent size"""
+    kl_schedule: Literal["constant", "linear", "cyclical"] = "constant"
+    """of the KL's weight. linear: from 0 to loss.kl over loss.kl_warmup_epochs; cyclical: in each of loss.kl_cycles
+    from 0 to loss.kl over one half, then held. Only epochs trained wholly at the final weight count for the best epoch,
+    for patience, and where trials are compared"""
+    kl_warmup_epochs: Annotated[int, Field(ge=0, le=100_000)] = 0
+    """length of the linear schedule, epochs"""
+    kl_cycles: Annotated[int, Field(ge=1, le=100_000)] = 4
+    """of the cyclical schedule, over train.epochs"""
+    free_bits: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """nats per latent channel (summed over its positions, batch mean) below which the KL has no gradient"""
+    optimal_variance: bool = False
+    """instead of mse, the Gaussian likelihood at the batch's best variance (sigma-VAE), weighted by loss.mse; the KL is
+    reduced by sum: with both weights 1, the evidence lower bound per number of an image"""
     standardization: Weight | None = None
     """per channel, squared mean plus squared difference of the standard deviation from 1; none: 0.1 with
     model.normalizer loss, else 0"""
@@ -140,6 +162,10 @@ class LossConfig(Section):
     def _check(self) -> LossConfig:
         if not any((self.mse, self.l1, self.segmentation, self.classification)):
             raise Conflict("loss: every weight is 0, so there is nothing to train for")
+        if self.kl_schedule == "linear" and self.kl_warmup_epochs == 0:
+            raise Conflict("loss.kl_warmup_epochs: 0: loss.kl_schedule linear needs 1 or more")
+        if self.optimal_variance and self.mse == 0:
+            raise Conflict("loss.mse: 0: with loss.optimal_variance it weighs the likelihood, and should be above 0")
         return self
 
 
@@ -156,6 +182,8 @@ class TrainConfig(Section):
     """smallest change of the monitored figure that counts as improvement (absolute)"""
     monitor: Annotated[str, AfterValidator(_check_monitor)] = "val/mse"
     """the figure that names the best epoch and that patience watches"""
+    stop_on_collapse: bool = False
+    """end a VAE's training once no dimension of its latent has been active for three epochs that count"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """fp16 needs a GPU"""
     schedule: Literal["constant", "cosine", "plateau"] = "constant"
@@ -183,6 +211,13 @@ class Config(Section):
             if weight > 0 and head not in self.heads:
                 raise Conflict(f"loss.{head}: weight {weight} for a head that model.heads "
                                  f"({', '.join(self.heads)}) leaves out")
+        if self.model.norm == "batch" and self.train.batch_size == 1:
+            raise Conflict("train.batch_size: 1: model.norm batch takes statistics over a batch, so it needs 2 or more")
+        if self.counted_from > self.train.epochs:
+            key, least = ("kl_cycles", 2 * self.loss.kl_cycles) if self.kl_schedule == "cyclical" else (
+                "kl_warmup_epochs", self.counted_from)
+            raise Conflict(f"train.epochs: {self.train.epochs}: no epoch is trained wholly at the KL's final weight "
+                           f"with loss.{key} {getattr(self.loss, key)}; that takes {least} epochs or more")
         return self
 
     @property
@@ -194,13 +229,37 @@ class Config(Section):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """The loss terms that take part, with their weights; ``kl`` only for a variational model."""
-        weights = {name: weight for name, weight in self.loss if weight}
+        """The loss terms that take part, with their weights; ``kl`` (at its full weight) only for a variational model,
+        as is ``optimal_variance``, which then stands for ``mse``."""
+        weights = {name: getattr(self.loss, name) for name in TERMS if getattr(self.loss, name)}
         if self.loss.standardization is None and self.model.normalize_latents and self.model.normalizer == "loss":
             weights["standardization"] = STANDARDIZATION
         if not self.model.variational:
             weights.pop("kl", None)
+        elif self.loss.optimal_variance:
+            weights["optimal_variance"] = weights.pop("mse")
         return weights
+
+    @property
+    def kl_schedule(self) -> str:
+        """``loss.kl_schedule``; constant where there is no KL to weigh."""
+        return self.loss.kl_schedule if "kl" in self.loss_weights else "constant"
+
+    @property
+    def kl_reduction(self) -> str:
+        """``loss.kl_reduction``; sum with ``loss.optimal_variance``."""
+        return "sum" if self.loss.optimal_variance else self.loss.kl_reduction
+
+    @property
+    def counted_from(self) -> int:
+        """The first epoch (from 1) that is trained wholly at the KL's final weight: those before it count neither for
+        the best epoch nor for patience, as their figures are of another objective."""
+        if self.kl_schedule == "linear":
+            return self.loss.kl_warmup_epochs + 1
+        if self.kl_schedule == "cyclical":           # the last half of the last cycle, rounded up to whole epochs
+            halves = 2 * self.loss.kl_cycles
+            return -(-self.train.epochs * (halves - 1) // halves) + 1
+        return 1
 
     @property
     def as_trained(self) -> Config:
@@ -236,7 +295,27 @@ class Config(Section):
             train["min_delta"] = self.train.min_delta
         if self.train.ema is not None:
             train["ema"] = self.train.ema
-        return {"model": model, "loss": self.loss_weights, "train": train}
+        for key in ("norm", "init"):
+            if getattr(self.model, key) != ModelConfig.model_fields[key].default:
+                model[key] = getattr(self.model, key)
+        if self.kl_schedule == "cyclical":
+            train["epochs"] = self.train.epochs
+        return {"model": model, "loss": self.loss_weights | self._kl_identity(), "train": train}
+
+    def _kl_identity(self) -> dict[str, Any]:
+        """What shapes the KL, where there is one, as far as it is not the plain mean at a constant weight. (An optimal
+        variance shows in the weights.)"""
+        if "kl" not in self.loss_weights:
+            return {}
+        shape: dict[str, Any] = {}
+        if self.kl_reduction == "sum" and not self.loss.optimal_variance:
+            shape["kl_reduction"] = "sum"
+        if self.kl_schedule != "constant":
+            length = "kl_warmup_epochs" if self.kl_schedule == "linear" else "kl_cycles"
+            shape |= {"kl_schedule": self.kl_schedule, length: getattr(self.loss, length)}
+        if self.loss.free_bits:
+            shape["free_bits"] = self.loss.free_bits
+        return shape
 
     def flat(self) -> dict[str, Any]:
         """All settings by dotted key, as plain values that YAML and JSON hold."""
@@ -385,6 +464,8 @@ def check_heads(config: Config, classes: int, labels: int) -> None:
     needs = {"mse_sampled": (config.model.variational, "model.variational=true"),
              "palette_miou": (classes > 0, "segmentation classes (data.palette)")}
     needs.update(dict.fromkeys(("kl", "kl_nats", "nelbo"), needs["mse_sampled"]))
+    needs["log_sigma"] = ("optimal_variance" in config.loss_weights, "model.variational=true and "
+                          "loss.optimal_variance=true")
     for head in ("segmentation", "classification"):
         if name.startswith(head):
             needs[name] = (head in config.heads, f"the {head} head (loss.{head} above 0, or model.heads)")

@@ -16,12 +16,14 @@ PER_SPLIT = {
     "segmentation_ce": "min", "segmentation_accuracy": "max", "segmentation_miou": "max",
     "classification_ce": "min", "classification_accuracy": "max",
     "kl": "min", "kl_nats": "min", "nelbo": "min",
+    "log_sigma": "min",                 # of the decoder, with loss.optimal_variance: natural logarithm, at least -6
     "standardization": "min",           # per channel, squared mean plus squared difference of the deviation from 1
 }
 ALONE = {
     "latent/mean": "min", "latent/std": "min", "latent/active_units": "max", "latent/smoothness": "min",
     "latent/worst_mean": "min", "latent/worst_deviation": "min", "latent/worst_correlation": "min",
     "latent/reconstruction_change": "min",
+    "latent/kl_dead": "min", "latent/mse_own": "min", "latent/mse_shuffled": "max", "latent/mse_prior": "min",
     "latent_size": "min", "parameters": "min",
     "encode_ms": "min",                 # time to encode one image, milliseconds: see autoenc.finish
     "train/grad_norm": "min", "train/spikes": "min", "beta": "max",
@@ -31,13 +33,17 @@ ALONE = {
 MODES = {**{f"{split}/{name}": mode for split in ("train", "val") for name, mode in PER_SPLIT.items()}, **ALONE}
 
 WEIGHTED = ("train/loss", "val/loss")                    # change with the loss weights: no fair objective over them
-EITHER_WAY = ("latent/mean", "latent/std", "beta", "val/kl", "val/kl_nats", "train/kl", "train/kl_nats")
+EITHER_WAY = ("latent/mean", "latent/std", "latent/mse_shuffled", "latent/mse_prior", "beta", "val/kl", "val/kl_nats",
+              "train/kl", "train/kl_nats")
 # Of normalised latents over the training split: the channel farthest from mean 0, that from deviation 1, and the two
 # that tell most of each other; and what setting the statistics changed of the reconstructions.
 STANDARDIZED = ("latent/worst_mean", "latent/worst_deviation", "latent/worst_correlation",
                 "latent/reconstruction_change")
-AFTER_TRAINING = ("latent/smoothness", "encode_ms", *STANDARDIZED)    # once, on the best weights of a completed trial
-IN_PASSING = ("encode_ms",)          # of them, what every worker measures whose trial is completed, asked for or not
+# Of VAEs: what the latent's dimensions tell, and the error from an image's own latent, another image's, the prior's.
+OF_POSTERIORS = ("latent/kl_dead", "latent/mse_own", "latent/mse_shuffled", "latent/mse_prior")
+# Once, on the best weights of a completed trial.
+AFTER_TRAINING = ("latent/smoothness", "encode_ms", *OF_POSTERIORS, *STANDARDIZED)
+IN_PASSING = ("encode_ms", *OF_POSTERIORS)    # of them, what every worker measures, as far as it exists, unasked
 OF_THE_COURSE = ("stability/spikes", "stability/epochs")             # of a whole trial rather than of an epoch
 MONITORED = tuple(name for name in MODES if name.startswith("val/"))
 
@@ -49,25 +55,28 @@ def better(mode: str, left: float, right: float) -> bool:
     return left < right if mode == "min" else left > right
 
 
-def best_epoch(values: Sequence[float], mode: str) -> int:
-    """The epoch (1-based) of the best value, the earliest of equals; 0 if there is none but NaN."""
+def best_epoch(values: Sequence[float], mode: str, first: int = 1) -> int:
+    """The epoch (1-based) of the best value, the earliest of equals, of those from epoch ``first`` on; 0 if there is
+    none but NaN."""
     best = 0
-    for epoch, value in enumerate(values, start=1):
+    for epoch, value in enumerate(values[first - 1:], start=first):
         if better(mode, value, values[best - 1] if best else math.nan):
             best = epoch
     return best
 
 
-def patience_over(values: Sequence[float], mode: str, patience: int | None, min_delta: float = 0.0) -> bool:
+def patience_over(values: Sequence[float], mode: str, patience: int | None, min_delta: float = 0.0,
+                  first: int = 1) -> bool:
     """Whether training would have ended with or before the last of these values (one an epoch).
 
     It ends after ``patience`` epochs in a row none of which improved on the best by more than ``min_delta``
-    (None: never). NaN is no improvement. Once over it stays over, whatever follows.
+    (None: never). NaN is no improvement. Once over it stays over, whatever follows. Epochs before ``first`` are left
+    out.
     """
     if patience is None:
         return False
     best, waited = math.nan, 0
-    for value in values:
+    for value in values[first - 1:]:
         if better(mode, value + min_delta if mode == "min" else value - min_delta, best):
             best, waited = value, 0
         else:

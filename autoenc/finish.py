@@ -12,6 +12,7 @@ from autoenc import figures
 from autoenc.checkpoint import build_model, load_model, read_checkpoint, save_checkpoint
 from autoenc.config import Config
 from autoenc.evaluation.cost import encode_ms
+from autoenc.evaluation.posterior import posterior_figures
 from autoenc.files import write_atomic
 from autoenc.latents import LatentStatistics, latent_statistics
 from autoenc.metrics import smoothness, to_unit
@@ -37,7 +38,7 @@ def finish(trajectory: Trajectory, config: Config, dataset: Dataset, device: str
     if normalized and trajectory.weights(epoch, normalized) is None:
         trajectory.add_figures(epoch, standardize(trajectory, config, dataset, device, epoch), normalized)
     missing = set(wanted) - set(trajectory.figures(epoch, normalized))
-    if missing & {"latent/smoothness", "encode_ms"}:
+    if missing & {"latent/smoothness", "encode_ms", *figures.OF_POSTERIORS}:
         path = trajectory.weights(epoch, normalized)
         if path is None:
             raise FileNotFoundError(f"{trajectory.folder}: the weights of epoch {epoch} are not kept")
@@ -46,6 +47,8 @@ def finish(trajectory: Trajectory, config: Config, dataset: Dataset, device: str
             found["latent/smoothness"] = smoothness(model, images, indices=dataset.splits["val"])
         if "encode_ms" in missing:
             found["encode_ms"] = encode_ms(model, images.shape[1])
+        if missing & set(figures.OF_POSTERIORS):
+            found |= posterior_figures(model, images, dataset.splits["val"])
         trajectory.add_figures(epoch, found, normalized)
     if FINISHED in missing:
         trajectory.add_figures(epoch, evaluate_final(trajectory, config, dataset, device, epoch), normalized)

@@ -17,7 +17,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from autoenc.checks import Faults, describe, shown
-from autoenc.config import HEADS, Config, DataConfig, absolute_paths, check_values, load_config, make_config
+from autoenc.config import (
+    HEADS,
+    Config,
+    DataConfig,
+    LossConfig,
+    absolute_paths,
+    check_values,
+    load_config,
+    make_config,
+)
 from autoenc.errors import InputError, command
 from autoenc.files import write_atomic
 from autoenc.imginav import IMAGE_SIZE, SAME, SECTIONS, TERMS, TWICE, TYPES, WITHOUT_EFFECT, File, conflicts
@@ -203,8 +212,12 @@ def _meant(config: Config) -> dict[str, Any]:
     flat = absolute_paths(config.flat(), Path.cwd())
     flat |= {"data.cache_dir": None, "model.heads": list(config.heads),
              "loss.standardization": config.loss_weights.get("standardization", 0.0)}
+    idle = [key for key, schedule in (("kl_warmup_epochs", "linear"), ("kl_cycles", "cyclical"))
+            if config.kl_schedule != schedule]
     if not config.model.variational:
-        flat["model.latent"] = "mean"
+        flat |= {"model.latent": "mean", "train.stop_on_collapse": False}
+        idle += ["kl_reduction", "kl_schedule", "free_bits", "optimal_variance"]
+    flat |= {f"loss.{key}": LossConfig.model_fields[key].default for key in idle}
     if not config.model.normalize_latents or config.model.normalizer == "loss":
         flat["model.normalizer"] = "exact"          # with the loss's weight, the same
     if config.data.source == "layouts":

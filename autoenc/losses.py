@@ -7,17 +7,22 @@ a term needs and does not find raises KeyError: a term never silently counts as 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from autoenc.config import Config
 from autoenc.data import IGNORED
 
 NO_LABEL = -1
+LOG_SIGMA = -6.0                 # smallest log standard deviation of an optimal-variance decoder
 
 Tensors = Mapping[str, Tensor]
+Loss = Callable[[Tensors, Tensors], Tensor]
 
 
 def mse(outputs: Tensors, batch: Tensors) -> Tensor:
@@ -52,14 +57,51 @@ def _divergence(outputs: Tensors) -> Tensor:
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar)
 
 
-def kl(outputs: Tensors, batch: Tensors) -> Tensor:
-    """KL divergence from the standard normal in nats, mean over latent dimensions and batch."""
-    return _divergence(outputs).mean()
+def kl(outputs: Tensors, batch: Tensors, reduction: str = "mean", free_bits: float = 0.0) -> Tensor:
+    """KL divergence from the standard normal in nats, mean over the batch.
+
+    ``reduction``: ``mean`` over latent dimensions, or ``sum`` over them divided by D, the numbers of one of the
+    batch's images. ``free_bits``: nats that each latent channel (a dimension, where the latent is a vector) has at no
+    cost: of its KL, summed over positions and averaged over the batch, the maximum with them is taken (Kingma et al.
+    2016, https://arxiv.org/abs/1606.04934, appendix "objective with free bits", with feature maps as the groups).
+    """
+    each = _divergence(outputs)
+    if reduction == "mean" and not free_bits:
+        return each.mean()
+    nats = each.reshape(*each.shape[:2], -1).sum(2).mean(0)          # of each channel
+    if free_bits:
+        nats = nats.clamp(min=free_bits)
+    return nats.sum() / (each if reduction == "mean" else batch["images"])[0].numel()
 
 
 def kl_nats(outputs: Tensors) -> Tensor:
     """KL divergence from the standard normal in nats, summed over dimensions, mean over the batch."""
     return _divergence(outputs).flatten(1).sum(1).mean()
+
+
+def log_sigma(error: Tensor) -> Tensor:
+    """The log standard deviation at which a Gaussian likelihood with this mean squared error is greatest, at least -6.
+
+    Rybkin et al. 2021, sigma-VAE, https://arxiv.org/abs/2006.13202. The bound is that of the authors' code, which makes
+    it soft; a hard one leaves the optimum as it is wherever the error is larger.
+    """
+    return 0.5 * error.clamp(min=math.exp(2 * LOG_SIGMA)).log()
+
+
+def gaussian(error: Tensor) -> Tensor:
+    """Negative log-likelihood in nats per number of an image, up to 1/2 ln(2 pi), of a mean squared error under a
+    Gaussian with its optimal variance s^2: (ln s^2 + error / s^2) / 2.
+
+    That is D/2 (ln s^2 + error / s^2) an image over its D numbers, which makes it of the other terms' size. No need to
+    detach s^2: at its optimum the likelihood has no gradient in it.
+    """
+    sigma = log_sigma(error)
+    return sigma + 0.5 * error * torch.exp(-2 * sigma)
+
+
+def optimal_variance(outputs: Tensors, batch: Tensors) -> Tensor:
+    """:func:`gaussian` of the batch's mean squared error: one variance for all of it."""
+    return gaussian(mse(outputs, batch))
 
 
 def standardization(outputs: Tensors, batch: Tensors) -> Tensor:
@@ -70,9 +112,14 @@ def standardization(outputs: Tensors, batch: Tensors) -> Tensor:
     return (mean.square() + (deviation.clamp(min=1e-12).sqrt() - 1).square()).mean()
 
 
-LOSSES: dict[str, Callable[[Tensors, Tensors], Tensor]] = {
+LOSSES: dict[str, Loss] = {
     "mse": mse, "l1": l1, "segmentation": segmentation, "classification": classification, "kl": kl,
-    "standardization": standardization}
+    "standardization": standardization, "optimal_variance": optimal_variance}
+
+
+def losses_of(config: Config) -> dict[str, Loss]:
+    """All terms, the KL as the configuration shapes it: what training minimises."""
+    return LOSSES | {"kl": partial(kl, reduction=config.kl_reduction, free_bits=config.loss.free_bits)}
 
 
 def weighted_sum(terms: Tensors, weights: Mapping[str, float]) -> Tensor:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from autoenc.config import Config
 from autoenc.data import IGNORED
-from autoenc.losses import LOSSES, NO_LABEL, Tensors, kl_nats
+from autoenc.losses import LOSSES, NO_LABEL, Tensors, gaussian, kl, kl_nats, log_sigma
 from autoenc.model import Autoencoder, derived_seed
 
 TERM_FIGURES = {"segmentation": "segmentation_ce", "classification": "classification_ce"}   # others: same name
@@ -130,12 +131,15 @@ class Means:
                 count = len(batch["images"])
             self.add(name, term, count)
 
-    def add_posterior(self, encoded: Tensors, mse_sampled: Tensor) -> None:
-        """A VAE's own figures over a batch: the KL divergence, and the error of what was decoded from draws."""
-        count = len(encoded["mu"])
+    def add_posterior(self, encoded: Tensors, batch: Tensors, mse_sampled: Tensor, config: Config) -> None:
+        """A VAE's own figures over a batch: the KL divergence in the configured reduction (``kl_free``: with free bits,
+        as it was minimised) and in nats, and the error of what was decoded from draws."""
+        count, reduction, free_bits = len(encoded["mu"]), config.kl_reduction, config.loss.free_bits
         self.add("mse_sampled", mse_sampled, count)
-        self.add("kl", LOSSES["kl"](encoded, {}), count)
+        self.add("kl", kl(encoded, batch, reduction), count)
         self.add("kl_nats", kl_nats(encoded), count)
+        if free_bits:
+            self.add("kl_free", kl(encoded, batch, reduction, free_bits), count)
 
     def values(self) -> dict[str, float]:
         """The means; NaN for one of nothing. Transfers once."""
@@ -145,11 +149,19 @@ class Means:
 
 
 def loss_figures(means: Mapping[str, float], weights: Mapping[str, float], elements: int) -> dict[str, float]:
-    """The figures of a split from its mean raw terms: ``loss`` (their weighted sum, a term of nothing being 0), the
-    terms under their figures' names, ``psnr``, and with ``mse_sampled`` and ``kl_nats`` also ``nelbo``."""
-    loss = sum(weight * means[name] for name, weight in weights.items()
-               if name not in TERM_FIGURES or not math.isnan(means[name]))
-    figures = {"loss": loss, **{TERM_FIGURES.get(name, name): value for name, value in means.items()}}
+    """The figures of a split from its mean raw terms: ``loss`` (their weighted sum, a term of nothing being 0, the KL
+    with its free bits), the terms under their figures' names, ``psnr``, and with ``mse_sampled`` and ``kl_nats`` also
+    ``nelbo``. An optimal variance is that of the split: its ``log_sigma``, and its likelihood in the loss."""
+    found = {name: value for name, value in means.items() if name != "kl_free"}
+    terms = dict(found)
+    if "kl_free" in means:
+        terms["kl"] = means["kl_free"]
+    if "optimal_variance" in weights:
+        error = torch.tensor(means["mse"], dtype=torch.float64)
+        terms["optimal_variance"], found["log_sigma"] = gaussian(error).item(), log_sigma(error).item()
+    loss = sum(weight * terms[name] for name, weight in weights.items()
+               if name not in TERM_FIGURES or not math.isnan(terms[name]))
+    figures = {"loss": loss, **{TERM_FIGURES.get(name, name): value for name, value in found.items()}}
     figures["psnr"] = psnr(means["mse"])
     if "mse_sampled" in means:
         figures["nelbo"] = nelbo(means["mse_sampled"], means["kl_nats"], elements)
@@ -178,7 +190,7 @@ class SplitFigures:
         self.means.add_terms({name: LOSSES[name](outputs, batch) for name in self.terms}, batch)
         self.means.add("ssim", ssim(outputs["rgb"], images).mean(), count)
         if sampled is not None:
-            self.means.add_posterior(encoded, functional.mse_loss(sampled, images))
+            self.means.add_posterior(encoded, batch, functional.mse_loss(sampled, images), self.model.config)
         if self.palette is not None and "segmentation" in batch:
             self._compare("palette", nearest_class(outputs["rgb"], self.palette), batch["segmentation"])
         if "segmentation" in outputs:

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from autoenc.config import Config, ModelConfig, check_heads
 
@@ -21,6 +22,7 @@ MOMENTUM = 0.1                   # of running latent statistics, as batch normal
 DEVIATIONS = (1e-5, 1e5)         # standard deviations that a latent normaliser can have
 
 Made = TypeVar("Made")
+Part = TypeVar("Part", bound=nn.Module)
 
 
 def derived_seed(seed: int, *names: object) -> int:
@@ -48,20 +50,44 @@ def draw(mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -
     return mu + noise * torch.exp(0.5 * logvar)
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(8, channels), channels)
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation that takes a batch of one image, as a last one can be, by its running statistics: one image
+    has none to speak of, and torch raises where it has one pixel."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        if len(features) > 1 or not self.training:
+            return super().forward(features)
+        return functional.batch_norm(features, self.running_mean, self.running_var, self.weight, self.bias,
+                                     eps=self.eps)
 
 
-def _same(inside: int, outside: int) -> list[nn.Module]:
-    return [nn.Conv2d(inside, outside, 3, padding=1), _norm(outside), nn.SiLU()]
+def _norm(channels: int, kind: str) -> nn.Module:
+    return BatchNorm(channels) if kind == "batch" else nn.GroupNorm(math.gcd(8, channels), channels)
 
 
-def _down(channels: int) -> list[nn.Module]:
-    return [nn.Conv2d(channels, channels, 4, stride=2, padding=1), _norm(channels), nn.SiLU()]
+def _same(inside: int, outside: int, norm: str) -> list[nn.Module]:
+    return [nn.Conv2d(inside, outside, 3, padding=1), _norm(outside, norm), nn.SiLU()]
 
 
-def _up(inside: int, outside: int) -> list[nn.Module]:
-    return [nn.ConvTranspose2d(inside, outside, 4, stride=2, padding=1), _norm(outside), nn.SiLU()]
+def _down(channels: int, norm: str) -> list[nn.Module]:
+    return [nn.Conv2d(channels, channels, 4, stride=2, padding=1), _norm(channels, norm), nn.SiLU()]
+
+
+def _up(inside: int, outside: int, norm: str) -> list[nn.Module]:
+    return [nn.ConvTranspose2d(inside, outside, 4, stride=2, padding=1), _norm(outside, norm), nn.SiLU()]
+
+
+def initialized(module: Part, init: str) -> Part:
+    """The module with the weights of its convolutions and linear layers drawn anew, their biases 0: ``xavier``
+    (uniform; Glorot and Bengio 2010) or ``kaiming`` (normal, for ReLU; He et al. 2015). ``default``: as torch made it.
+    """
+    draw_weight = {"xavier": nn.init.xavier_uniform_,
+                   "kaiming": lambda weight: nn.init.kaiming_normal_(weight, nonlinearity="relu")}.get(init)
+    for layer in module.modules():
+        if draw_weight and isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            draw_weight(layer.weight)
+            nn.init.zeros_(layer.bias)
+    return module
 
 
 class LatentNormalizer(nn.Module):
@@ -111,14 +137,14 @@ class Encoder(nn.Module):
     """Images to the latent, or to the posterior's mean and log-variance when variational."""
 
     def __init__(self, channels: list[int], latent_channels: int, variational: bool,
-                 normalizer: str | None = None) -> None:
+                 normalizer: str | None = None, norm: str = "group") -> None:
         super().__init__()
         layers: list[nn.Module] = []
         inside = 3
         for outside in channels:
-            layers += [*_same(inside, outside), *_down(outside)]
+            layers += [*_same(inside, outside, norm), *_down(outside, norm)]
             inside = outside
-        self.trunk = nn.Sequential(*layers, *_same(inside, inside))
+        self.trunk = nn.Sequential(*layers, *_same(inside, inside, norm))
         self.mean = nn.Conv2d(inside, latent_channels, 1)
         self.logvar = nn.Conv2d(inside, latent_channels, 1) if variational else None
         self.latent_normalizer = LatentNormalizer(latent_channels, normalizer) if normalizer else None
@@ -134,14 +160,14 @@ class Encoder(nn.Module):
 class DecoderTrunk(nn.Module):
     """The latent to features at the deepest level and at full size."""
 
-    def __init__(self, channels: list[int], latent_channels: int) -> None:
+    def __init__(self, channels: list[int], latent_channels: int, norm: str = "group") -> None:
         super().__init__()
         deepest = channels[-1]
-        self.entry = nn.Sequential(nn.Conv2d(latent_channels, deepest, 1), *_same(deepest, deepest))
+        self.entry = nn.Sequential(nn.Conv2d(latent_channels, deepest, 1), *_same(deepest, deepest, norm))
         layers: list[nn.Module] = []
         inside = deepest
         for outside in [*reversed(channels[:-1]), channels[0]]:
-            layers += [*_up(inside, outside), *_same(outside, outside)]
+            layers += [*_up(inside, outside, norm), *_same(outside, outside, norm)]
             inside = outside
         self.levels = nn.Sequential(*layers)
 
@@ -192,17 +218,21 @@ class Autoencoder(nn.Module):
         check_heads(config, classes, labels)
         self.config = config
         channels, latent_channels = level_channels(config.model), config.model.latent_channels
+        norm = config.model.norm
+
+        def made(*name: str, make: Callable[[], Part]) -> Part:
+            return seeded(derived_seed(seed, *name), lambda: initialized(make(), config.model.init))
+
         makers: dict[str, Callable[[], nn.Module]] = {
             "rgb": lambda: nn.Sequential(nn.Conv2d(channels[0], 3, 3, padding=1), nn.Tanh()),
             "segmentation": lambda: nn.Conv2d(channels[0], classes, 3, padding=1),
             "classification": lambda: Classifier(channels[-1], labels),
         }
-        self.encoder = seeded(derived_seed(seed, "encoder"),
-                              lambda: Encoder(channels, latent_channels, config.model.variational,
-                                              config.model.normalizer if config.model.normalize_latents else None))
-        self.decoder = Decoder(
-            seeded(derived_seed(seed, "decoder"), lambda: DecoderTrunk(channels, latent_channels)),
-            {head: seeded(derived_seed(seed, "head", head), makers[head]) for head in config.heads})
+        self.encoder = made("encoder", make=lambda: Encoder(
+            channels, latent_channels, config.model.variational,
+            config.model.normalizer if config.model.normalize_latents else None, norm))
+        self.decoder = Decoder(made("decoder", make=lambda: DecoderTrunk(channels, latent_channels, norm)),
+                               {head: made("head", head, make=makers[head]) for head in config.heads})
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """``latent`` (B, C, h, w) of images (B, 3, H, W) in [-1, 1], normalised when the model normalises; for a VAE

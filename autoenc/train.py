@@ -26,11 +26,11 @@ from autoenc.batches import Batches
 from autoenc.checkpoint import build_model, checkpoint_content, data_shapes
 from autoenc.config import Config
 from autoenc.errors import InputError, command
-from autoenc.losses import LOSSES, weighted_sum
+from autoenc.losses import losses_of, weighted_sum
 from autoenc.metrics import Means, SplitFigures, loss_figures
 from autoenc.model import Autoencoder, count_parameters, derived_seed, draw
 from autoenc.samples import sample
-from autoenc.schedule import learning_rate
+from autoenc.schedule import kl_weight, learning_rate
 
 if TYPE_CHECKING:
     from autoenc.data import Dataset
@@ -90,6 +90,20 @@ class _Run:
     def elements(self) -> int:
         return 3 * self.config.data.image_size**2
 
+    @property
+    def steps(self) -> int:
+        """Of an epoch."""
+        return math.ceil(len(self.train) / self.config.train.batch_size)
+
+    def weights_at(self, step: int) -> dict[str, float]:
+        """The weights of the loss terms at a step (from 0, over the whole training)."""
+        weights = self.config.loss_weights
+        return weights | ({"kl": kl_weight(self.config, step, self.steps)} if "kl" in weights else {})
+
+    def weights_after(self, epoch: int) -> dict[str, float]:
+        """Those of an epoch's last step, which its figures are reported with."""
+        return self.weights_at(epoch * self.steps - 1)
+
     def autocast(self) -> AbstractContextManager:
         precision = self.config.train.precision
         return torch.autocast(self.device.type, dtype=torch.float16 if precision == "fp16" else torch.bfloat16,
@@ -112,6 +126,8 @@ def train(config: Config, dataset: Dataset, *, device: str | torch.device = "cpu
     device, config = torch.device(device), config.as_trained
     if config.train.precision == "fp16" and device.type == "cpu":
         raise InputError("train.precision: 'fp16' needs a GPU; on a CPU use fp32 or bf16")
+    if config.model.norm == "batch" and len(dataset.splits["train"]) == 1:
+        raise InputError("model.norm: 'batch' takes statistics over several images, and the training split has one")
     for split in ("train", "val"):
         if len(dataset.splits[split]) == 0:
             raise InputError(f"data.split: {list(config.data.split)} leaves no image in {split} "
@@ -144,20 +160,21 @@ def _prepare(config: Config, dataset: Dataset, device: torch.device, resume: Map
 def _epochs(run: _Run, done: int, history: Sequence[Mapping[str, float]]) -> Iterator[EpochResult]:
     settings = run.config.train
     mode = figures.MODES[settings.monitor]
+    first = run.config.counted_from
     values = [row.get(settings.monitor, math.nan) for row in history]
     for epoch in range(done + 1, settings.epochs + 1):
-        if figures.patience_over(values, mode, settings.patience, settings.min_delta):
+        if figures.patience_over(values, mode, settings.patience, settings.min_delta, first):
             return
         start = time.perf_counter()
         for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(settings, epoch, values)
+            group["lr"] = learning_rate(settings, epoch, values[first - 1:])
         metrics = _train_epoch(run, epoch) | _validate(run, epoch)
-        _check_figures(metrics, settings.monitor, epoch, math.ceil(len(run.train) / settings.batch_size))
+        _check_figures(metrics, settings.monitor, epoch, run.steps)
         values.append(metrics[settings.monitor])
         sampled = settings.sample_every and (epoch == 1 or epoch % settings.sample_every == 0)
         picture, latents = _samples(run) if sampled else (None, None)
         yield EpochResult(
-            epoch=epoch, metrics=metrics, improved=figures.best_epoch(values, mode) == len(values),
+            epoch=epoch, metrics=metrics, improved=figures.best_epoch(values, mode, first) == len(values),
             samples=picture, latents=latents, state=partial(_state, run, epoch, metrics),
             seconds=time.perf_counter() - start)
 
@@ -169,28 +186,29 @@ def _train_epoch(run: _Run, epoch: int) -> dict[str, float]:
     check_every = 1 if run.device.type == "cpu" else CHECK_EVERY
     means, norms, unread = Means(), [], []
     run.model.train()
-    for batch in run.train.pass_over(settings.batch_size, order):
-        unread.append(_step(run, batch, noise, means))
+    for step, batch in enumerate(run.train.pass_over(settings.batch_size, order), start=(epoch - 1) * run.steps):
+        unread.append(_step(run, batch, noise, means, run.weights_at(step)))
         if run.average is not None:
-            _average(run, (epoch - 1) * math.ceil(len(run.train) / settings.batch_size) + len(norms) + len(unread))
+            _average(run, step + 1)
         if len(unread) == check_every:
             norms += _read(unread, epoch, len(norms), run.scaler.is_enabled())
             unread = []
     norms += _read(unread, epoch, len(norms), run.scaler.is_enabled())
     if run.scaler.is_enabled() and run.scaler.get_scale() < 1:
         raise Diverged(epoch, len(norms), "gradient")
-    found = loss_figures(means.values(), run.config.loss_weights, run.elements)
+    found = loss_figures(means.values(), run.weights_after(epoch), run.elements)
     finite = np.array([norm for norm in norms if math.isfinite(norm)] or [math.nan])
     return {**{f"train/{name}": value for name, value in found.items()}, "train/grad_norm": float(finite.mean()),
             "train/spikes": float((finite > SPIKE * np.median(finite)).sum())}
 
 
-def _step(run: _Run, batch: dict[str, Tensor], noise: torch.Generator, means: Means) -> Tensor:
+def _step(run: _Run, batch: dict[str, Tensor], noise: torch.Generator, means: Means,
+          weights: Mapping[str, float]) -> Tensor:
     """One step; returns (loss, gradient norm) on the device, nothing waits for it."""
-    weights = run.config.loss_weights
     with run.autocast():
         outputs = run.model(batch["images"], noise)
-    terms = {name: LOSSES[name](outputs, batch) for name in {"mse": None, **weights}}
+    losses = losses_of(run.config)
+    terms = {name: losses[name](outputs, batch) for name in {"mse": None, **weights}}
     loss = weighted_sum(terms, weights)
     run.optimizer.zero_grad()
     run.scaler.scale(loss).backward()
@@ -199,20 +217,24 @@ def _step(run: _Run, batch: dict[str, Tensor], noise: torch.Generator, means: Me
     run.scaler.step(run.optimizer)
     run.scaler.update()
     with torch.no_grad():
-        means.add_terms({name: term for name, term in terms.items() if name != "kl"}, batch)
+        means.add_terms({name: term for name, term in terms.items() if name not in ("kl", "optimal_variance")}, batch)
         if "logvar" in outputs:         # the model was trained on draws, so its mse is that of draws
-            means.add_posterior(outputs, terms["mse"])
+            means.add_posterior(outputs, batch, terms["mse"], run.config)
         return torch.stack((loss.detach(), norm))
 
 
 @torch.no_grad()
 def _average(run: _Run, step: int) -> None:
     """Move the average towards the weights after a step (from 1); early on by more, as it starts from nothing learnt.
-    Buffers (running latent statistics) are taken over."""
+    So do the running statistics of batch normalisation: those of the last weights are not those of the average. Other
+    buffers (running latent statistics) are taken over."""
     decay = min(run.config.train.ema, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(run.average.parameters()), list(run.model.parameters()), 1 - decay)
-    for mine, theirs in zip(run.average.buffers(), run.model.buffers(), strict=True):
-        mine.copy_(theirs)
+    for (name, mine), theirs in zip(run.average.named_buffers(), run.model.buffers(), strict=True):
+        if name.endswith(("running_mean", "running_var")):
+            mine.lerp_(theirs, 1 - decay)
+        else:
+            mine.copy_(theirs)
 
 
 def _read(unread: list[Tensor], epoch: int, before: int, scaled: bool) -> list[float]:
@@ -243,10 +265,11 @@ def _validate(run: _Run, epoch: int) -> dict[str, float]:
                     model.normalize(draw(encoded["mu"], encoded["logvar"], noise))
                 sampled = model.decode(drawn, heads=("rgb",))["rgb"]
         split.update(batch, encoded, outputs, sampled)
-    found = split.compute(config.loss_weights, run.elements)
+    weights = run.weights_after(epoch)
+    found = split.compute(weights, run.elements)
     metrics = {name if name in figures.ALONE else f"val/{name}": value for name, value in found.items()}
     metrics |= {"latent_size": float(model.latent_size), "parameters": float(count_parameters(model))}
-    return metrics | ({"beta": config.loss.kl} if config.model.variational else {})
+    return metrics | ({"beta": weights.get("kl", 0.0)} if config.model.variational else {})
 
 
 def _check_figures(metrics: Mapping[str, float], monitor: str, epoch: int, step: int) -> None:
@@ -280,7 +303,7 @@ def main(arguments: list[str]) -> int:
     from autoenc.config import load_config
     from autoenc.data import prepare
     from autoenc.interop import check_counts, load_experiment
-    from autoenc.trajectory import Trajectory, best_row, divergence, trajectory_key
+    from autoenc.trajectory import Trajectory, best_row, collapse, divergence, trajectory_key
 
     parser = argparse.ArgumentParser(prog="python -m autoenc.train",
                                      description="Train one configuration to its end.")
@@ -315,6 +338,8 @@ def main(arguments: list[str]) -> int:
     if best is None:
         print(f"error: {config.train.monitor} is undefined at every epoch: there is no best one", file=sys.stderr)
         return 1
+    if said := collapse(trajectory.rows(), config):
+        print(f"note: {said}", file=sys.stderr)
     weights = trajectory.folder / "best.pt"
     if config.model.normalize_latents:
         from autoenc.finish import finish
@@ -328,10 +353,11 @@ def main(arguments: list[str]) -> int:
 def _line(row: Mapping[str, float], config: Config) -> str:
     """An epoch as people watch it: raw losses, the KL with its weight, the weighted total."""
     terms = {"mse": "mse", "l1": "l1", "segmentation": "segmentation_ce", "classification": "classification_ce"}
+    weighed = {"mse" if name == "optimal_variance" else name for name in config.loss_weights}
     told = [f"epoch {row['epoch']:>3}/{config.train.epochs}"]
     for split in ("train", "val"):
         values = [f"{name} {row[f'{split}/{figure}']:.5f}" for name, figure in terms.items()
-                  if name in config.loss_weights and f"{split}/{figure}" in row]
+                  if name in weighed and f"{split}/{figure}" in row]
         if f"{split}/kl" in row:
             values.append(f"kl {row[f'{split}/kl']:.5f} × {row['beta']:g}")
         told.append(f"{split}: {', '.join(values)}, total {row[f'{split}/loss']:.5f}")

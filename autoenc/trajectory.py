@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoenc import figures
 from autoenc.config import Config, flatten, make_config
+from autoenc.doctor import LASTING, lasting_collapse
 from autoenc.errors import InputError
 from autoenc.files import content_hash, is_whole_zip, remove_leftovers, replacing, write_atomic
 from autoenc.table import Row, append_row, csv_text, parse_rows, read_text
@@ -56,23 +57,41 @@ def trajectory_key(config: Config, fingerprint: str, device_kind: str) -> str:
 
 
 def own_end(rows: Sequence[Row], config: Config) -> int | None:
-    """The epoch at which this configuration's budget or patience ends a training; None where the rows end earlier."""
-    mode = figures.MODES[config.train.monitor]
-    values = [row.get(config.train.monitor, math.nan) for row in rows[:config.train.epochs]]
+    """The epoch at which this configuration's budget, patience or a lasting collapse (``train.stop_on_collapse``) ends
+    a training; None where the rows end earlier. Patience begins with the first epoch that counts."""
+    mode, first = figures.MODES[config.train.monitor], config.counted_from
+    values = _monitored(rows[:config.train.epochs], config)
+    ends = [config.train.epochs, collapsed_at(rows, config)]
     patience = config.train.patience
     if patience is not None:
-        for epoch in range(1, len(values) + 1):
-            if figures.patience_over(values[:epoch], mode, patience, config.train.min_delta):
-                return epoch
-    return config.train.epochs if len(values) >= config.train.epochs else None
+        ends.append(next((epoch for epoch in range(first, len(values) + 1) if figures.patience_over(
+            values[:epoch], mode, patience, config.train.min_delta, first)), None))
+    return min((end for end in ends if end is not None and end <= len(rows)), default=None)
+
+
+def collapsed_at(rows: Sequence[Row], config: Config) -> int | None:
+    """The epoch at which a collapse of the latent ended this training, where the configuration lets it."""
+    if not (config.train.stop_on_collapse and config.model.variational):
+        return None
+    return lasting_collapse(rows[:config.train.epochs], config.counted_from)
+
+
+def collapse(rows: Sequence[Row], config: Config) -> str:
+    """Such a collapse in words; empty where there was none."""
+    epoch = collapsed_at(rows, config)
+    return "" if epoch is None else (f"collapsed: no dimension of the latent active in epochs {epoch - LASTING + 1} to "
+                                     f"{epoch}, ended there (train.stop_on_collapse)")
 
 
 def best_row(rows: Sequence[Row], config: Config) -> Row | None:
-    """The row of the best epoch by the monitored figure, within the configuration's own end."""
+    """The row of the best epoch by the monitored figure, of those that count, within the configuration's own end."""
     rows = rows[:own_end(rows, config) or len(rows)]
-    values = [row.get(config.train.monitor, math.nan) for row in rows]
-    best = figures.best_epoch(values, figures.MODES[config.train.monitor])
+    best = _best_epoch(rows, config)
     return rows[best - 1] if best else None
+
+
+def _monitored(rows: Sequence[Row], config: Config) -> list[float]:
+    return [row.get(config.train.monitor, math.nan) for row in rows]
 
 
 def divergence(diverged: Mapping[str, Any]) -> str:
@@ -110,9 +129,8 @@ def _is_of(kind: Any, value: Any) -> bool:
 
 
 def _best_epoch(rows: Sequence[Row], config: Config) -> int:
-    """Of all epochs in the table, whatever the configuration's own end."""
-    values = [row.get(config.train.monitor, math.nan) for row in rows]
-    return figures.best_epoch(values, figures.MODES[config.train.monitor])
+    """Of all epochs in the table that count, whatever the configuration's own end."""
+    return figures.best_epoch(_monitored(rows, config), figures.MODES[config.train.monitor], config.counted_from)
 
 
 def _figures_name(epoch: int, normalized: bool) -> str:
@@ -235,6 +253,8 @@ class Trajectory:
                 seconds += row["seconds"]
                 self._write_status(about, "training", rows, config, seconds)
                 yield row
+                if collapsed_at(rows, config) is not None:
+                    break
             self._write_status(about, "completed", rows, config, seconds)
             events.end()
         except Diverged as error:
@@ -258,11 +278,16 @@ class Trajectory:
 
     def _again(self, config: Config, dataset: Dataset, device: str, epochs: int,
                resume: Mapping[str, Any] | None = None) -> Iterator[EpochResult]:
-        """Train epochs that were trained before, whatever patience may say of them today."""
+        """Train epochs that were trained before, whatever patience may say of them today. The budget stays: schedules
+        may depend on it."""
         from autoenc.train import train
 
-        settings = config.train.model_copy(update={"epochs": epochs, "patience": None})
-        yield from train(config.model_copy(update={"train": settings}), dataset, device=device, resume=resume)
+        settings = config.train.model_copy(update={"epochs": max(epochs, config.train.epochs), "patience": None})
+        for result in train(config.model_copy(update={"train": settings}), dataset, device=device, resume=resume,
+                            history=resume["rows"] if resume else ()):
+            yield result
+            if result.epoch == epochs:
+                return
 
     def _read_json(self, name: str) -> dict[str, Any]:
         """A JSON file's mapping; {} where it is broken, nested beyond reason, or not there."""

@@ -25,6 +25,7 @@ from autoenc.config import (
 )
 from autoenc.errors import InputError
 from autoenc.files import append_line, canonical_json, content_hash, write_atomic
+from autoenc.trajectory import trajectory_key
 from autoenc.yamlfile import dump_yaml, parse_yaml
 
 words = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=8)
@@ -47,7 +48,13 @@ values = {
     "train.schedule": st.sampled_from(["constant", "cosine", "plateau"]),
     "model.heads": st.none() | st.permutations(HEADS).map(list),
     "loss.mse": st.floats(1e-9, 1e6), "loss.l1": weights, "loss.segmentation": weights, "loss.classification": weights,
-    "loss.kl": weights, "train.epochs": st.integers(1, 100_000), "train.batch_size": st.integers(1, 65_536),
+    "loss.kl": weights, "loss.kl_reduction": st.sampled_from(["mean", "sum"]),
+    "loss.kl_schedule": st.sampled_from(["constant", "linear", "cyclical"]),
+    "loss.kl_warmup_epochs": st.integers(1, 99), "loss.kl_cycles": st.integers(1, 50),
+    "loss.free_bits": st.floats(0, 1e6), "loss.optimal_variance": st.booleans(),
+    "model.norm": st.sampled_from(["group", "batch"]), "model.init": st.sampled_from(["default", "xavier", "kaiming"]),
+    "train.stop_on_collapse": st.booleans(),
+    "train.epochs": st.integers(100, 100_000), "train.batch_size": st.integers(2, 65_536),   # enough for all of these
     "train.learning_rate": st.floats(1e-300, 1e300), "train.weight_decay": st.floats(0, 1e300),
     "train.seed": st.integers(0, 2**32 - 1), "train.patience": st.none() | st.integers(1, 100_000),
     "train.min_delta": st.floats(0, 1e300), "train.monitor": st.sampled_from(figures.MONITORED),
@@ -56,7 +63,7 @@ values = {
 configs = st.fixed_dictionaries(
     {"data.manifest": values["data.manifest"], "data.image_size": values["data.image_size"]},
     optional={key: value for key, value in values.items() if key not in ("data.manifest", "data.image_size")},
-).map(lambda flat: make_config(flat, "test"))
+).map(lambda flat: make_config({"train.epochs": 100, "loss.kl_warmup_epochs": 5, **flat}, "test"))
 
 
 def test_every_setting_is_covered_here():
@@ -128,6 +135,18 @@ def test_any_settings_are_a_configuration_or_an_input_error(content):
     ({"data.image_size": 40}, "f: data.image_size: 40 is not divisible by 16 (2 to the power of "
                               "model.downsampling_steps, 4)"),
     ({"model.heads": ["rgb"], "loss.segmentation": 0.1}, "f: loss.segmentation: weight 0.1 for a head that"),
+    ({"loss.kl_schedule": "linear"}, "f: loss.kl_warmup_epochs: 0: loss.kl_schedule linear needs 1 or more"),
+    ({"loss.kl_schedule": "stepwise"}, "f: loss.kl_schedule: 'stepwise': input should be 'constant', 'linear' or"),
+    ({"loss.kl_warmup_epochs": 2.5}, "f: loss.kl_warmup_epochs: 2.5: input should be a valid integer"),
+    ({"loss.free_bits": -0.1}, "f: loss.free_bits: -0.1: input should be greater than or equal to 0"),
+    ({"loss.mse": 0, "loss.l1": 1, "loss.optimal_variance": True}, "f: loss.mse: 0: with loss.optimal_variance it"),
+    ({"model.norm": "layer"}, "f: model.norm: 'layer': input should be 'group' or 'batch'"),
+    ({"model.norm": "batch", "train.batch_size": 1}, "f: train.batch_size: 1: model.norm batch takes statistics"),
+    ({"model.variational": True, "loss.kl": 1, "loss.kl_schedule": "linear", "loss.kl_warmup_epochs": 10},
+     "f: train.epochs: 10: no epoch is trained wholly at the KL's final weight with loss.kl_warmup_epochs 10; that "
+     "takes 11 epochs or more"),
+    ({"model.variational": True, "loss.kl": 1, "loss.kl_schedule": "cyclical", "train.epochs": 7},
+     "f: train.epochs: 7: no epoch is trained wholly at the KL's final weight with loss.kl_cycles 4; that takes 8"),
 ])
 def test_wrong_values_are_told_with_key_and_value(flat, said):
     with pytest.raises(InputError) as error:
@@ -202,8 +221,9 @@ def changed(config: Config, **flat: object) -> Config:
 def test_the_identity_holds_what_changes_an_epoch_and_nothing_else(config, data):
     identity = content_hash(config.identity())
     scheduled = {"cosine": {"train.epochs"}, "plateau": {"train.min_delta"}}.get(config.train.schedule, set())
+    scheduled |= {"train.epochs"} if config.kl_schedule == "cyclical" else set()
     for key in {"data.cache_dir", "data.image_column", "train.epochs", "train.patience", "train.min_delta",
-                "train.sample_every"} - scheduled:
+                "train.sample_every", "train.stop_on_collapse"} - scheduled:
         assert content_hash(changed(config, **{key: data.draw(values[key])}).identity()) == identity
     for key in scheduled:
         other = data.draw(values[key].filter(lambda value, key=key: value != config.flat()[key]))
@@ -220,6 +240,44 @@ def test_the_identity_holds_what_changes_an_epoch_and_nothing_else(config, data)
     assert content_hash(explicit.identity()) == identity                      # heads are resolved
     kl = changed(config, loss__kl=data.draw(weights.filter(lambda weight: weight != config.loss.kl)))
     assert (content_hash(kl.identity()) != identity) == config.model.variational
+
+
+@settings(max_examples=60, deadline=None)
+@given(configs, st.sampled_from(["loss.kl_reduction", "loss.kl_schedule", "loss.kl_warmup_epochs", "loss.kl_cycles",
+                                 "loss.free_bits", "loss.optimal_variance", "model.norm", "model.init"]), st.data())
+def test_what_shapes_the_kl_is_part_of_the_identity_where_it_has_an_effect(config, key, data):
+    value = data.draw(values[key].filter(lambda value: value != config.flat()[key]))
+    other = changed(config, **{key: value})
+    weighed = config.model.variational and config.loss.kl > 0
+    effect = {"loss.kl_reduction": weighed and not config.loss.optimal_variance,
+              "loss.kl_warmup_epochs": weighed and config.loss.kl_schedule == "linear",
+              "loss.kl_cycles": weighed and config.loss.kl_schedule == "cyclical",
+              "loss.optimal_variance": config.model.variational,
+              "model.norm": True, "model.init": True}.get(key, weighed)
+    assert (other.identity() != config.identity()) == effect
+
+
+@pytest.mark.parametrize(("flat", "key"), [
+    ({}, "4078775e47377aa14d14"),
+    ({"model.variational": True, "loss.kl": 1e-4}, "70c9915231074d55f669"),
+    ({"model.variational": True, "loss.kl": 1e-3, "model.latent": "sample", "loss.segmentation": 0.1,
+      "train.precision": "bf16"}, "5de0c787dd7fdb545e25"),
+    ({"model.variational": True}, "1763969b4882d49fcb95"),
+    ({"loss.kl": 1.0}, "4078775e47377aa14d14"),
+    ({"train.schedule": "cosine", "train.epochs": 7, "train.ema": 0.99, "model.normalize_latents": True,
+      "model.normalizer": "loss"}, "a4d1f2868f118cd30361"),
+])
+def test_trajectories_that_are_stored_keep_their_keys(flat, key):
+    """As they were before there were settings that shape the KL."""
+    assert trajectory_key(make_config(flat, "test"), "data", "cpu") == key
+
+
+@settings(max_examples=60, deadline=None)
+@given(configs)
+def test_the_epochs_that_count_are_there(config):
+    assert 1 <= config.counted_from <= config.train.epochs
+    shaped = config.model.variational and config.loss.kl > 0 and config.loss.kl_schedule != "constant"
+    assert (config.counted_from > 1) == shaped
 
 
 def test_paths_are_made_absolute_from_their_folder(monkeypatch):
@@ -262,7 +320,8 @@ def test_heads_that_the_data_cannot_serve_are_refused_with_what_drops_them():
     assert first == ("loss.segmentation: 0.05: the segmentation head needs segmentation classes (data.palette), and the"
                      " data has none; without the head: loss.segmentation=0 and 'segmentation' left out of model.heads")
     assert "model.heads" in second and "has 1" in second
-    for monitor in ("val/kl", "val/palette_miou", "val/segmentation_miou", "val/classification_accuracy"):
+    for monitor in ("val/kl", "val/log_sigma", "val/palette_miou", "val/segmentation_miou",
+                    "val/classification_accuracy"):
         with pytest.raises(InputError, match=f"train.monitor: '{monitor}' is reported only with"):
             check_heads(make_config({"train.monitor": monitor}, "test"), classes=0, labels=0)
 

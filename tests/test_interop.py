@@ -320,7 +320,9 @@ def test_an_experiment_survives_the_way_here_and_back(flat):
     {"data.source": "folder"}, {"data.source": "layouts"}, {"data.limit": 400}, {"data.fit": "crop"},
     {"data.palette_tolerance": 5.0}, {"data.allow_outside": True}, {"data.split": [0.8, 0.15, 0.05]},
     {"model.latent": "sample", "model.variational": True}, {"train.monitor": "val/psnr"}, {"train.precision": "bf16"},
-    {"train.schedule": "cosine"}, {"train.ema": 0.999},
+    {"train.schedule": "cosine"}, {"train.ema": 0.999}, {"model.norm": "batch"}, {"model.init": "xavier"},
+    {"loss.kl_reduction": "sum", "model.variational": True}, {"loss.free_bits": 0.1, "model.variational": True},
+    {"loss.optimal_variance": True, "model.variational": True},
     {"model.normalizer": "learned", "model.normalize_latents": True},
     {"model.normalizer": "running", "model.normalize_latents": True}])
 def test_what_the_form_cannot_say_is_named(setting):
@@ -331,6 +333,14 @@ def test_what_the_form_cannot_say_is_named(setting):
     key, value = next(iter(setting.items()))
     assert str(error.value).startswith(f"{key}: {value!r}")
     assert len(str(error.value).split("\n")) == 1
+
+
+def test_what_has_no_effect_needs_no_place_in_it():
+    flat = read_experiment(f3(), FILE).settings
+    idle = {"loss.kl_reduction": "sum", "loss.kl_schedule": "linear", "loss.kl_warmup_epochs": 3, "loss.free_bits": 1.0,
+            "loss.kl_cycles": 2, "loss.optimal_variance": True, "train.stop_on_collapse": True}
+    plain = write_experiment(make_config(flat, "test"), "name", labels=2)
+    assert write_experiment(make_config({**flat, **idle}, "test"), "name", labels=2) == plain
 
 
 def test_generated_layouts_have_no_place_in_it():

@@ -8,7 +8,7 @@ from helpers import small_config
 from torch import nn
 
 from autoenc.errors import InputError
-from autoenc.model import Autoencoder, count_parameters, derived_seed, draw, level_channels
+from autoenc.model import Autoencoder, BatchNorm, count_parameters, derived_seed, draw, level_channels
 
 torch.set_num_threads(1)
 
@@ -128,6 +128,63 @@ def test_what_the_data_cannot_serve_is_refused(settings, classes, labels, said):
     with pytest.raises(InputError) as caught:
         build(classes=classes, labels=labels, **settings)
     assert all(part in str(caught.value) for part in said), str(caught.value)
+
+
+# Normalisation and initialisation of the layers ----------------------------------------------------------------------
+
+def test_batch_normalisation_takes_the_place_of_group_normalisation():
+    model = build(model__norm="batch", model__variational=True)
+    kinds = [type(module) for module in model.modules()]
+    assert nn.GroupNorm not in kinds
+    group = [type(module) for module in build(model__variational=True).modules()]
+    assert kinds.count(BatchNorm) == group.count(nn.GroupNorm) > 0
+    assert count_parameters(model) == count_parameters(build(model__variational=True))
+
+
+def test_batch_statistics_while_training_and_running_ones_otherwise():
+    model = build(model__norm="batch").train()
+    x = images(6)
+    whole = model(x)["rgb"]
+    assert not torch.allclose(model(x[:3])["rgb"], whole[:3], atol=1e-3)         # of other statistics
+    reference = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    assert all(module.num_batches_tracked == 2 for module in reference)
+    model.eval()
+    assert torch.allclose(model(x[:3])["rgb"], model(x)["rgb"][:3], atol=1e-5)
+    assert all(module.num_batches_tracked == 2 for module in reference)
+
+
+@pytest.mark.parametrize("steps", [2, 4])                 # with 4, the deepest level has one pixel, where torch raises
+def test_a_batch_of_one_image_is_taken_by_running_statistics(steps):
+    model = build(model__norm="batch", model__downsampling_steps=steps).train()
+    model(images(4))
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    one = model(images(1))["rgb"]
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+    one.square().mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert torch.allclose(one, model.eval()(images(1))["rgb"], atol=1e-6)
+
+
+@pytest.mark.parametrize("init", ["xavier", "kaiming"])
+def test_weights_start_as_they_should(init):
+    model = build(model__init=init, model__base_channels=32, loss__classification=0.1)
+    layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))]
+    assert len(layers) > 10
+    for layer in layers:
+        receptive = layer.weight[0, 0].numel()
+        inside, outside = layer.weight.shape[1] * receptive, layer.weight.shape[0] * receptive
+        variance = 2 / (inside + outside) if init == "xavier" else 2 / inside
+        assert layer.weight.var().item() == pytest.approx(variance, rel=6 / layer.weight.numel() ** 0.5)
+        assert not layer.bias.any()
+    assert all((norm.weight == 1).all() for norm in model.modules() if isinstance(norm, nn.GroupNorm))
+
+
+def test_an_initialisation_is_seeded_for_each_part():
+    alone, again = build(model__init="xavier"), build(model__init="xavier")
+    with_heads = build(model__init="xavier", loss__segmentation=0.1).state_dict()
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in alone.state_dict().items())
+    assert all(torch.equal(value, with_heads[name]) for name, value in alone.state_dict().items())
+    assert not torch.equal(alone.state_dict()["encoder.mean.weight"], build().state_dict()["encoder.mean.weight"])
 
 
 # Latent normaliser ----------------------------------------------------------------------------------------------------

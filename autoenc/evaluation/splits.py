@@ -89,7 +89,7 @@ def _others(count: int) -> np.ndarray:
 
 def figures_of(measured: SplitFigures, config: Config, elements: int, dataset: Dataset) -> Figures:
     """The figures by name, and each class's IoU by its name. ``loss`` only where the data has all its terms."""
-    weights, terms = config.loss_weights, {*measured.means.sums, "standardization"}
+    weights, terms = config.loss_weights, {*measured.means.sums, "standardization", "optimal_variance"}
     known = {name: weight for name, weight in weights.items() if name in terms}
     found: Figures = measured.compute(known, elements)
     if known.keys() != weights.keys():

@@ -102,6 +102,17 @@ def split_chart(race: Snapshot, decision: Mapping[str, Any], colours: Mapping[st
     return chart
 
 
+def figure_chart(trials: Sequence[Trial], metric: str, colours: Mapping[str, str], winner: str | None) -> Chart | None:
+    """One figure by epoch, a line a trial; None where no epoch has it."""
+    values = [value for trial in trials for value in _points(trial.run, metric)[1]]
+    if all(value is None for value in values):
+        return None
+    chart, named = _by_epoch(values, trials), set()
+    for trial in trials:
+        chart.add_scatter(**_line(trial, metric, colours, winner, named))
+    return chart
+
+
 def _by_epoch(values: Sequence[float | None], trials: Sequence[Trial]) -> Chart:
     epochs = max((len(trial.run.rows) for trial in trials), default=1)
     scale = {"type": "log", "dtick": "D2"} if spans_much(values) else {"type": "linear"}

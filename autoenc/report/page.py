@@ -19,8 +19,8 @@ from autoenc.sweep.plan import duration
 from autoenc.sweep.words import percent
 
 HERE = Path(__file__).parent / "templates"
-TONES = {"good": ("winner", "helps"), "fair": ("best", "as good", "rule's choice", "decided"),
-         "bad": ("diverged", "failed", "hurts", "broken")}
+TONES = {"good": ("winner", "helps"), "fair": ("best", "as good", "rule's choice", "decided", "healthy"),
+         "bad": ("diverged", "failed", "hurts", "broken", "collapsed", "decoder ignores the latent")}
 
 
 def fill(template: str, **values: Any) -> str:

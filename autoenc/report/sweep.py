@@ -12,7 +12,7 @@ from markupsafe import Markup
 from autoenc.config import DataConfig, make_config
 from autoenc.errors import InputError
 from autoenc.files import write_atomic
-from autoenc.report import candidates, curves, intervals, pictures, searched, tradeoffs
+from autoenc.report import candidates, curves, intervals, pictures, posteriors, searched, tradeoffs
 from autoenc.report.page import fill, number
 from autoenc.report.snapshot import Snapshot
 from autoenc.sweep.asha import excess
@@ -22,6 +22,7 @@ from autoenc.sweep.inherit import Winner, read_winner
 from autoenc.sweep.plan import improving_margin, rule_in_words
 from autoenc.sweep.race import Race
 from autoenc.sweep.words import percent
+from autoenc.trajectory import collapsed_at
 from autoenc.yamlfile import dump_yaml
 
 
@@ -63,6 +64,7 @@ def render(race: Race, decision: Mapping[str, Any], *, winner: Winner | None, da
         drawn=len(drawn), rungs=standing.rungs.epochs, curve_metric=curves.curve_metric(standing), charts=figures,
         costs=tradeoffs.costs(standing, decision), cost_names=tradeoffs.COSTS,
         importance=searched.importance(standing) if decided and searched.sampled(standing) else [],
+        posteriors=posteriors.diagnoses(standing, decision),
         gallery=gallery, samples=[] if gallery else pictures.samples(standing, decision), first=pictures.FIRST,
         normalises=any(run.config.model.normalize_latents for run in standing.runs.values()),
         epochs=epoch_counts(standing), trials=_trials(standing), ended_early=_ended_early(standing),
@@ -139,6 +141,7 @@ def _charts(race: Snapshot, decision: Mapping[str, Any], colours: Mapping[str, s
         "splits": curves.split_chart(race, decision, colours),
         **{name: tradeoffs.cost_chart(race, decision, colours, name) for name in (costs["fronts"] if costs else ())},
         "rate": tradeoffs.rate_distortion(race, decision, colours),
+        **posteriors.charts(race, decision, colours),
         "parallel": searched.parallel_coordinates(race, decision) if searched.sampled(race) else None,
     }
     return {name: {"json": Markup(chart.to_json()), "log": chart.log}
@@ -166,11 +169,17 @@ def epoch_counts(race: Snapshot) -> dict[str, int]:
     return {
         "trained": sum(run.trained for run in runs),
         "stored": sum(_stored(run) for run in runs),
-        "spared": sum(run.config.train.epochs - len(run.rows) for run in runs if run.state == "stopped"),
-        "patience": sum(run.config.train.epochs - len(run.rows) for run in runs if run.state == "completed"),
+        "spared": sum(run.config.train.epochs - len(run.rows) for run in runs if run.state == "stopped" or _gone(run)),
+        "patience": sum(run.config.train.epochs - len(run.rows) for run in runs
+                        if run.state == "completed" and not _gone(run)),
         "repeats": sum(len(run.rows) for run in runs if run.id not in first),
         "raced": sum((repeats - len(budgets)) * budgets[0] for budgets in seeds.values() if len(budgets) > 1),
     }
+
+
+def _gone(run: Any) -> bool:
+    """Whether its latent had collapsed for good, and that ended it."""
+    return run.state == "completed" and collapsed_at(run.rows, run.config) is not None
 
 
 def _stored(run: Any) -> int:
@@ -178,7 +187,8 @@ def _stored(run: Any) -> int:
 
 
 def _ended_early(race: Snapshot) -> list[tuple[str, str]]:
-    return [(race.name_of(run), run.note or run.state) for run in race.runs.values() if run.state in curves.MARKS]
+    return [(race.name_of(run), run.note or run.state) for run in race.runs.values()
+            if run.state in curves.MARKS or run.note]
 
 
 def _trials(race: Snapshot) -> list[dict[str, Any]]:

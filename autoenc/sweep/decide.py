@@ -104,7 +104,8 @@ def _not_able(candidate: Candidate, metric: str, rule: Decision) -> Told | None:
     if math.isnan(candidate.mean(metric)):
         return Told("not comparable", [f"has no {metric}"])
     lacking = unmet(candidate, rule)
-    return Told("requirement not met", lacking) if lacking else None
+    standing = "collapsed" if candidate.collapsed else "requirement not met"
+    return Told(standing, lacking) if lacking else None
 
 
 def _choose(case: _Case, able: list[Candidate]) -> Candidate:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autoenc.doctor import ADVICE, HEALTHY, WORDS, Diagnosis, Signs, diagnose, signs_of
 from autoenc.errors import InputError
 from autoenc.files import write_atomic
 from autoenc.sweep.evidence import Table
@@ -33,6 +34,7 @@ def remarks(race: Race, trial: Trial | None, parent: Winner | None, output: Path
     if trial is not None and race.spec.final:
         said += [*_end(race, trial), *_chain(race, trial, parent, output)]
     said += [*_devices(race), *_noise(race)]
+    said += _posteriors(race)
     for other in race.trials:
         if other.run.config.model.normalize_latents and other.run.state == "completed":
             said += _latents(race, other)
@@ -100,6 +102,27 @@ def _chain(race: Race, trial: Trial, parent: Winner | None, output: Path) -> Ite
                      warning=True)
     else:
         yield Remark(f"{metric} {number(own)} is the best of all phases (before: {number(best)}, {name})")
+
+
+def _posteriors(race: Race) -> Iterator[Remark]:
+    """The doctor's word on every variational arm, by its first seed, arms with one diagnosis together."""
+    found: dict[str, list[tuple[str, Signs, Diagnosis]]] = {word: [] for word in reversed(WORDS)}
+    arms: set[str] = set()
+    for trial in race.trials:
+        signs = signs_of(race.figures_of(trial.run)) if trial.run.config.model.variational else None
+        if signs is not None and trial.run.state == "completed" and trial.candidate.name not in arms:
+            arms.add(trial.candidate.name)
+            diagnosis = diagnose(signs)
+            found[diagnosis.word].append((trial.candidate.name, signs, diagnosis))
+    for word, those in found.items():
+        if len(those) == 1:
+            [(arm, _, diagnosis)] = those
+            yield Remark(f"latent of {arm}: {diagnosis.text}", warning=word != HEALTHY)
+        elif those:
+            told = ", ".join(f"{arm} ({signs.collapsed_dimensions} of {signs.dimensions} dimensions tell nothing, KL "
+                             f"{signs.nats:.3g} nats)" for arm, signs, _ in those)
+            yield Remark(f"latents: {word}: {told}" + (f"; {ADVICE[word]}" if ADVICE[word] else ""),
+                         warning=word != HEALTHY)
 
 
 def _latents(race: Race, trial: Trial) -> Iterator[Remark]:

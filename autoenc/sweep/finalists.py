@@ -92,7 +92,10 @@ def best_of(candidates: Sequence[Candidate], objective: Measured, seeds: Sequenc
 
 
 def unmet(candidate: Candidate, rule: Decision) -> list[str]:
-    """Which of the rule's requirements a candidate does not meet, in words."""
+    """Which of the rule's requirements a candidate does not meet, in words; one is that its latent has not collapsed,
+    where that ends a trial."""
+    if gone := candidate.collapsed:
+        return [f"{gone.trial}: {gone.note}"]
     said = []
     for requirement in rule.require:
         value = candidate.mean(requirement.metric)

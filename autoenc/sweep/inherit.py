@@ -19,6 +19,7 @@ from autoenc.files import content_hash
 from autoenc.interop import is_experiment, read_experiment
 from autoenc.sweep.parts import PARTS, make_part
 from autoenc.sweep.spec import PARTIAL_KEYS, Layer, Spec, build_spec, read_layer, read_settings, read_sweep
+from autoenc.sweep.warmup import check_grace
 from autoenc.trajectory import FORMAT
 from autoenc.yamlfile import parse_yaml, read_yaml
 
@@ -106,12 +107,13 @@ def _build(files: Sequence[tuple[Path, Mapping[str, Any]]], base: Layer, presets
            overrides: Sequence[Override]) -> list[Spec]:
     preset_layers = [read_layer(read_yaml(path), path, PARTIAL_KEYS) for path in presets]
     chain: list[Spec] = []
-    ancestry = dict(base.config)
+    ancestry, written = dict(base.config), base.config.get("train.epochs", Config().train.epochs)
     for index, (path, content) in enumerate(files):
         own = [override.layer(Path.cwd()) for override in overrides
                if override.sweep in (None, path.stem, content.get("name"))]
         parent = files[index - 1][0] if index else None
-        spec = build_spec(path, content, parent, base, [*preset_layers, *own], ancestry)
+        spec = build_spec(path, content, parent, base, [*preset_layers, *own], ancestry, written)
+        written = spec.written
         ancestry |= spec.config | next((arm.settings for arm in spec.arms.values()), {})
         chain.append(spec)
     faults = Faults()
@@ -209,8 +211,11 @@ def starting_point(spec: Spec, parent_winner: Mapping[str, Any] | None) -> dict[
 
 def make_candidate(spec: Spec, start: Mapping[str, Any], name: str, settings: Mapping[str, Any],
                    hypothesis: str = "") -> Candidate:
-    """Raises :class:`InputError` where the settings do not fit the starting point."""
-    return Candidate(name, dict(settings), make_config({**start, **settings}, f"{spec.path}: arms.{name}"), hypothesis)
+    """Raises :class:`InputError` where the settings do not fit the starting point, or would be compared before its KL
+    has its final weight."""
+    config = make_config({**start, **settings}, f"{spec.path}: arms.{name}")
+    check_grace(spec.asha, config, f"{spec.path}: arms.{name}")
+    return Candidate(name, dict(settings), config, hypothesis)
 
 
 def arm_candidates(spec: Spec, start: Mapping[str, Any]) -> list[Candidate]:

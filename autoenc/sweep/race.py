@@ -25,7 +25,7 @@ from autoenc.sweep.space import project
 from autoenc.sweep.spec import Spec
 from autoenc.sweep.standing import Run, Standing, Trial
 from autoenc.table import Row
-from autoenc.trajectory import Trajectory, divergence, own_end
+from autoenc.trajectory import Trajectory, collapse, divergence, own_end
 
 DRAWS = 100                          # points drawn in vain (all known already) before a space counts as exhausted
 
@@ -236,6 +236,7 @@ class Race(Standing):
     def finish(self, run: Run, status: str, note: str = "") -> None:
         """A run ended: ``completed``, ``diverged`` or ``failed``."""
         run.read()                               # epochs that a worker stored and died before it could report
+        note = note or self._note(run, status)
         self._say(status, run, epoch=len(run.rows), **({"note": note} if note else {}))
         self._end(run, status, note)
 
@@ -247,6 +248,11 @@ class Race(Standing):
     def note(self, event: str, run: Run, **more: Any) -> None:
         """Write something down that changes nothing for the race: a worker that died, a file that was broken."""
         self._say(event, run, epoch=len(run.rows), **more)
+
+    @staticmethod
+    def _note(run: Run, status: str) -> str:
+        """What is to be said of how a run completed."""
+        return collapse(run.rows, run.config) if status == "completed" else ""
 
     def _end(self, run: Run, status: str, note: str = "") -> None:
         run.state, run.note = status, note
@@ -317,6 +323,8 @@ class Race(Standing):
         and patience share the run."""
         ends = [config.train.epochs, config.train.patience, config.train.min_delta]
         usual = [self.start["train.epochs"], self.start["train.patience"], self.start["train.min_delta"]]
+        if config.train.stop_on_collapse != self.start["train.stop_on_collapse"]:
+            ends.append(config.train.stop_on_collapse)
         return self._trajectory_key(config) + ("" if ends == usual else f"+{content_hash(ends)[:6]}")
 
     def _enter(self, candidate: Candidate, seed: int | None = None) -> Run:
@@ -366,7 +374,7 @@ class Race(Standing):
             if self.missing_figures(run):
                 self._record_rungs(run)
             else:
-                self._end(run, "completed")
+                self._end(run, "completed", self._note(run, "completed"))
         elif diverged and diverged["epoch"] <= run.config.train.epochs:
             if not self._past.told("diverged", key=run.id, epoch=len(run.rows)):
                 self._say("diverged", run, epoch=len(run.rows), note=divergence(diverged))

@@ -24,6 +24,7 @@ class Record:
     settings: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""                           # why it was stopped, diverged or failed
     improving: float = 0.0                   # relative improvement of the objective over the last three epochs
+    collapsed: bool = False                  # completed, but ended because its latent had collapsed for good
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Candidate:
     def broken(self) -> Record | None:
         """A trial that did not complete, the first seed's before others."""
         return next((record for record in self.records if record.status != "completed"), None)
+
+    @property
+    def collapsed(self) -> Record | None:
+        """A trial whose latent collapsed for good, where that was to end it: such a model is none to choose."""
+        return next((record for record in self.records if record.collapsed), None)
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:

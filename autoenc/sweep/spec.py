@@ -15,12 +15,13 @@ from typing import Any
 
 from autoenc import figures
 from autoenc.checks import Faults, shown
-from autoenc.config import WITHOUT_EFFECT, absolute_paths, check_values, flatten, make_config
+from autoenc.config import WITHOUT_EFFECT, Config, absolute_paths, check_values, flatten, make_config
 from autoenc.errors import InputError, did_you_mean
 from autoenc.files import content_hash
 from autoenc.interop import Experiment, as_arm, load_experiment
 from autoenc.sweep.parts import PARTS, Asha, Decision, Measured, Resources, Search, make_part
 from autoenc.sweep.space import Parameter, parse_space
+from autoenc.sweep.warmup import Budget, check_grace, ends_of_schedules
 from autoenc.yamlfile import read_yaml
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -73,6 +74,8 @@ class Spec:
     resources: Resources
     takes_over: bool = False
     """``start: parent``: its one candidate is the parent's winner as it was trained, and nothing is trained"""
+    written: int = Config().train.epochs
+    """the epochs that its file, or those above, give it, whatever presets and --set make of that"""
     ancestry: dict[str, Any] = field(default_factory=dict)
     """what the sweeps above fix, and their first arms set: stands in for a parent's winner that is not there yet"""
     experiments: tuple[Experiment, ...] = ()
@@ -172,14 +175,18 @@ def overlay(layers: list[Layer]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def build_spec(path: Path, content: Mapping[str, Any], parent: Path | None, base: Layer, over: list[Layer],
-               ancestry: Mapping[str, Any]) -> Spec:
+               ancestry: Mapping[str, Any], written: int) -> Spec:
     """The sweep in ``content`` over ``base`` and under ``over`` (presets, then --set), checked as a whole.
 
-    ``ancestry``: settings that the sweeps above fix or could choose, to check this one's against. Raises
-    :class:`InputError`.
+    ``ancestry``: settings that the sweeps above fix or could choose, to check this one's against; ``written``: the
+    epochs that it was written for. Raises :class:`InputError`.
     """
     own = read_layer(content, path, SWEEP_KEYS)
     config, _ = overlay([own, *over])
+    budget = Budget(own.config.get("train.epochs", written), overlay(over)[0])
+    below = {} if parent else base.config                # what a parent's winner has was fitted there
+    config = {key: value for key, value in budget.fit({**below, **config}).items()
+              if key in config or value != below.get(key)}
     _, parts = overlay([base, own, *over])
     # What does not go together may come from several sources: name them all.
     where = f"{path}{''.join(f', {layer.where}' for layer in over)}"
@@ -192,7 +199,7 @@ def build_spec(path: Path, content: Mapping[str, Any], parent: Path | None, base
         with faults.kept():
             found[key] = _read_name(key, content, path)
     with faults.kept():
-        found["arms"] = _read_arms(content.get("arms"), start, path, where)
+        found["arms"] = _read_arms(content.get("arms"), start, path, where, budget)
     with faults.kept():
         found["space"] = parse_space(content.get("space"), str(path))
     start_at = content.get("start")
@@ -207,7 +214,7 @@ def build_spec(path: Path, content: Mapping[str, Any], parent: Path | None, base
     found["experiments"] = (*above, *(arm.experiment for arm in arms if arm.experiment))
     found["notices"] = (*(() if parent else base.notices), *(notice for arm in arms for notice in arm.notices))
     spec = Spec(path=path, description=content.get("description") or "", inherits=parent, base=dict(base.config),
-                takes_over=start_at == "parent",
+                takes_over=start_at == "parent", written=budget.written,
                 config={key: start[key] for key in config}, ancestry=dict(ancestry), **found)
     _check(spec, start, where)
     return spec
@@ -224,7 +231,7 @@ def _read_name(key: str, content: Mapping[str, Any], path: Path) -> str:
     return name
 
 
-def _read_arms(raw: Any, start: Mapping[str, Any], path: Path, where: str) -> dict[str, Arm]:
+def _read_arms(raw: Any, start: Mapping[str, Any], path: Path, where: str, budget: Budget) -> dict[str, Arm]:
     if raw is None:
         return {}
     if not isinstance(raw, Mapping):
@@ -232,12 +239,12 @@ def _read_arms(raw: Any, start: Mapping[str, Any], path: Path, where: str) -> di
     faults, arms = Faults(), {}
     for name, content in raw.items():
         with faults.kept():
-            arms[name] = _read_arm(name, content, start, path.parent, where)
+            arms[name] = _read_arm(name, content, start, path.parent, where, budget)
     faults.tell()
     return arms
 
 
-def _read_arm(name: Any, content: Any, start: Mapping[str, Any], folder: Path, where: str) -> Arm:
+def _read_arm(name: Any, content: Any, start: Mapping[str, Any], folder: Path, where: str, budget: Budget) -> Arm:
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise InputError(f"{where}: arms: {shown(name)} should be a name of letters, digits, '.', '_' and '-'")
     where = f"{where}: arms.{name}"
@@ -252,7 +259,7 @@ def _read_arm(name: Any, content: Any, start: Mapping[str, Any], folder: Path, w
         experiment = _read_source(settings.pop("from"), folder, where)
         taken, notices = as_arm(experiment, start)
         notices = [*experiment.notices, *notices]
-    settings = {**taken, **flatten(settings, where)}
+    settings = budget.fit({**taken, **flatten(settings, where)}, start["loss.kl_cycles"])
     typed = make_config({**start, **settings}, where).flat()
     return Arm({key: typed[key] for key in settings}, hypothesis, experiment, tuple(notices))
 
@@ -275,6 +282,14 @@ def _check(spec: Spec, start: Mapping[str, Any], where: str) -> None:
     for key in spec.varied:
         if FIXED.match(key):
             faults.said.append(f"{spec.path}: {key} cannot be varied: scores on different data or seeds do not compare")
+    for name, arm in (spec.arms or {"": Arm({})}).items():
+        with faults.kept():
+            check_grace(spec.asha, make_config({**start, **arm.settings}, where),
+                        f"{where}: arms.{name}" if name else where)
+    with faults.kept():
+        for point in ends_of_schedules(spec.space, start):
+            at = f"{where}: space.{', '.join(point)}"
+            check_grace(spec.asha, make_config({**start, **point}, at), at)
     for key, parameter in spec.space.items():
         ends = parameter.choices if parameter.type == "choice" else (parameter.low, parameter.high)
         for value in ends:
@@ -322,6 +337,10 @@ def _incomparable(spec: Spec, start: Mapping[str, Any]) -> Iterator[str]:
         if metric in figures.WEIGHTED:
             yield (f"{key}: {metric!r} is the weighted sum of the losses, and this sweep varies {', '.join(weighing)}:"
                    " candidates would be compared by different measures (use val/mse)")
+        reducing = [name for name in weighing if name in ("loss.kl_reduction", "loss.optimal_variance")]
+        if metric in ("val/kl", "train/kl") and reducing:
+            yield (f"{key}: {metric!r} is in the configured reduction, and this sweep varies {', '.join(reducing)}:"
+                   f" candidates would be compared by different measures (use {metric}_nats)")
 
 
 def read_sweep(path: Path) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ from autoenc.sweep.inherit import Candidate
 from autoenc.sweep.records import Record
 from autoenc.sweep.spec import Spec
 from autoenc.table import Row
-from autoenc.trajectory import FINISHED, Trajectory, best_row, own_end
+from autoenc.trajectory import FINISHED, Trajectory, best_row, collapsed_at, own_end
 
 NEAR = 0.05                      # of its best: where a training is as good as there
 ENDED = ("completed", "stopped", "diverged", "failed")
@@ -96,9 +96,9 @@ class Standing:
         metric, mode = self.spec.objective.metric, self.spec.objective.direction
         if metric in (*figures.AFTER_TRAINING, *figures.OF_THE_COURSE):
             metric, mode = run.config.train.monitor, figures.MODES[run.config.train.monitor]
-        values = [row.get(metric, math.nan) for row in run.rows]
-        best = figures.best_epoch(values, mode)
-        soon = [epoch for epoch, value in enumerate(values, start=1)
+        values, first = [row.get(metric, math.nan) for row in run.rows], run.config.counted_from
+        best = figures.best_epoch(values, mode, first)
+        soon = [epoch for epoch, value in enumerate(values[first - 1:], start=first)
                 if best and within(excess(value, values[best - 1], mode), NEAR)]
         spikes = [row["train/spikes"] for row in run.rows if "train/spikes" in row]
         return {**({"stability/spikes": math.fsum(spikes)} if spikes else {}),
@@ -120,6 +120,8 @@ class Standing:
         asked = {self.spec.objective.metric, *(item.metric for item in (*rule.prefer, *rule.require)),
                  *(rule.baseline.gains if rule.baseline else ())}
         asked &= set(figures.AFTER_TRAINING)
+        if not run.config.model.variational:
+            asked -= set(figures.OF_POSTERIORS)
         if not run.config.model.normalize_latents:
             asked -= set(figures.STANDARDIZED)
         else:
@@ -143,7 +145,11 @@ class Standing:
             arm=trial.candidate.name, trial=trial.name, seed=trial.seed, status=run.state, epochs=len(run.rows),
             best_epoch=int(found.get("epoch", 0)), note=run.note, settings=trial.candidate.settings,
             figures={key: value for key, value in found.items() if key not in ("epoch", "seconds")},
-            improving=self._improving(run))
+            improving=self._improving(run), collapsed=self._collapsed(run))
+
+    def _collapsed(self, run: Run) -> bool:
+        """Whether it was ended because its latent had collapsed for good."""
+        return run.state == "completed" and collapsed_at(run.rows, run.config) is not None
 
     def _improving(self, run: Run) -> float:
         """By how much the objective improved over the last three epochs, as a share."""
@@ -154,7 +160,10 @@ class Standing:
         return excess(before, now, self.spec.objective.direction) if known else 0.0
 
     def _fit(self, run: Run, epoch: int | None = None) -> bool:
-        """Whether the rule's requirements hold (among the first ``epoch`` epochs)."""
+        """Whether the rule's requirements hold (among the first ``epoch`` epochs); one is that it has not collapsed for
+        good, where that ends a trial."""
+        if collapsed_at(run.rows[:epoch], run.config) is not None:
+            return False
         found = self.figures_of(run, epoch)
         return all((r.min is None or found.get(r.metric, -math.inf) >= r.min)
                    and (r.max is None or found.get(r.metric, math.inf) <= r.max) for r in self.spec.decision.require)

@@ -93,7 +93,8 @@ def _steps(task: Task, lock: SoftFileLease, trajectory: Trajectory, config: Conf
 def _in_passing(trajectory: Trajectory, config: Config, epoch: int) -> set[str]:
     """What is measured without being asked for. It is no reason to train again for weights that are not kept."""
     normalized = config.model.normalize_latents
-    missing = set(figures.IN_PASSING) - set(trajectory.figures(epoch, normalized))
+    passing = set(figures.IN_PASSING) - (set() if config.model.variational else set(figures.OF_POSTERIORS))
+    missing = passing - set(trajectory.figures(epoch, normalized))
     return missing if missing and trajectory.whole_weights(epoch, normalized) else set()
 
 
