@@ -40,6 +40,11 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     output = Path(options.output).expanduser().resolve()
+    if options.list:
+        from autoenc.report.listing import show_sweeps
+
+        show_sweeps(console, output)
+        return 0
     overrides = [inherit.parse_override(text) for text in options.set]
     for sweep in options.sweeps:
         if not Path(sweep).is_file():
@@ -68,7 +73,9 @@ def main(arguments: list[str]) -> int:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tune_runner.py", description="Run phase-by-phase sweeps of autoencoders.")
-    parser.add_argument("sweeps", nargs="+", metavar="SWEEP", help="sweep files; several run in order")
+    parser.add_argument("sweeps", nargs="*", metavar="SWEEP", help="sweep files; several run in order")
+    parser.add_argument("--list", action="store_true",
+                        help="show the sweeps of the output folder: done, running, resumable, stale; run nothing")
     parser.add_argument("--output", default="outputs", metavar="DIR", help="where results go (default: outputs)")
     parser.add_argument("--preset", action="append", default=[], metavar="NAME",
                         help="overlay presets/NAME.yaml; repeatable")
@@ -86,7 +93,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true",
                         help="move the named sweeps' results and trajectories aside and train them anew")
     parser.add_argument("--dry-run", action="store_true", help="validate and print the plan; write nothing")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if not options.sweeps and not options.list:
+        parser.error("the following arguments are required: SWEEP")
+    return options
 
 
 def in_order(chains: list[list[Spec]]) -> list[Spec]:

@@ -42,6 +42,7 @@ class Entry:
     above: str | None = None         # the sweep it inherits from
     stale: bool = False              # that one's winner is another by now
     problem: str = ""
+    writer: str = ""                 # who runs it
     links: dict[str, str] = field(default_factory=dict)
     below: list[Entry] = field(default_factory=list)
 
@@ -89,7 +90,8 @@ def chains(sweeps: list[Entry]) -> list[Entry]:
 def _entry(folder: Path, events: list[dict[str, Any]], winners: dict[str, Winner], running: str | None) -> Entry:
     last = events[-1] if events else {}
     entry = Entry(folder.name, "unfinished", str(last.get("time") or ""))
-    if folder.name == running:
+    entry.writer = SweepFolder(folder.parent, folder.name).writer()
+    if entry.writer or folder.name == running:
         entry.state = "running"
     elif last.get("event") == "decided" or not events:
         entry.state = "decided"
@@ -102,7 +104,7 @@ def _entry(folder: Path, events: list[dict[str, Any]], winners: dict[str, Winner
             entry.state = "no winner"
     except InputError as error:
         entry.state, entry.problem = "broken", str(error)
-    decision = _decision(folder)
+    decision = read_decision(folder)
     entry.candidates = len(decision.get("candidates", []))
     entry.links = {label: quote(f"{folder.name}/{label}") for label in ("report.html", "best_config.yaml")
                    if (folder / label).is_file()}
@@ -136,7 +138,8 @@ def _direct(parents: Mapping[str, str], winners: Mapping[str, Winner]) -> str | 
     return next(reversed(parents), None)
 
 
-def _decision(folder: Path) -> dict[str, Any]:
+def read_decision(folder: Path) -> dict[str, Any]:
+    """A sweep's decision.json; {} where it is broken or not there."""
     try:
         content = json.loads(read_text(folder / "decision.json"))
     except (ValueError, RecursionError, OSError):

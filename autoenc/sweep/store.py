@@ -109,6 +109,22 @@ class SweepFolder:
             with suppress(OSError):          # the folder may be gone, and that is what is to be told
                 lock.release()
 
+    def writer(self) -> str:
+        """Who runs this sweep now, in words; empty for nobody. Reading only: a claim on another host that was renewed
+        lately holds, one on this host as long as its process lives."""
+        path = self.path / ".lease"
+        owner = lease(path).owner
+        try:
+            if owner is None or time.time() - path.stat().st_mtime > 1.25 * LEASE_SECONDS:
+                return ""
+            if owner.hostname == _this_host():
+                os.kill(owner.pid, 0)
+        except PermissionError:              # somebody else's, and alive
+            pass
+        except OSError:
+            return ""
+        return f"process {owner.pid} on {owner.hostname.split('?')[0]}"
+
     def events(self) -> list[dict[str, Any]]:
         """All events so far; a broken line is passed over."""
         found = []
