@@ -18,6 +18,9 @@ from autoenc.report.listing import show_sweeps
 from autoenc.sweep.store import LEASE_SECONDS, SweepFolder
 from autoenc.yamlfile import dump_yaml
 
+HOLD = ("from pathlib import Path; from autoenc.sweep.store import SweepFolder\n"
+        "with SweepFolder(Path(sys.argv[1]), 'toy').writing(): ")
+
 
 def shown(output) -> list[list[str]]:
     console = Console(width=200, record=True, file=io.StringIO())
@@ -56,20 +59,25 @@ def test_an_interrupted_sweep_is_resumable_and_a_finished_one_done(tmp_path, int
 
 
 def test_who_runs_a_sweep(tmp_path, interrupted):
-    lab, _ = interrupted
-    assert lab.folder.writer() == ""
-    with lab.folder.writing():
-        assert lab.folder.writer().startswith(f"process {os.getpid()} on ")
-        assert cells(tmp_path, "toy")[1] == "running" and f"process {os.getpid()}" in cells(tmp_path, "toy")[-1]
+    folder = interrupted[0].folder
+    code = "import sys\n" + HOLD + "print('here', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as other:
+        assert other.stdout.readline() == "here\n"
+        assert folder.writer().startswith(f"process {other.pid} on ")
+        assert cells(tmp_path, "toy")[1] == "running" and f"process {other.pid}" in cells(tmp_path, "toy")[-1]
         old = time.time() - 2 * LEASE_SECONDS
-        os.utime(lab.folder.path / ".lease", (old, old))
-        assert lab.folder.writer() == ""
-    assert lab.folder.writer() == ""
+        os.utime(folder.path / ".lease", (old, old))
+        assert folder.writer() == ""
+        other.stdin.close()
+    assert folder.writer() == ""
+    with folder.writing():
+        assert folder.writer() == ""                     # this process knows by itself whether it runs
+        assert cells(tmp_path, "toy")[1] == "resumable"
 
 
 def test_a_dead_process_runs_nothing(tmp_path, interrupted):
-    code = ("import os, sys; from pathlib import Path; from autoenc.sweep.store import SweepFolder\n"
-            "with SweepFolder(Path(sys.argv[1]), 'toy').writing(): os._exit(0)")
+    code = "import os, sys\n" + HOLD + "os._exit(0)"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60)
     assert (tmp_path / "toy" / ".lease").exists() and SweepFolder(tmp_path, "toy").writer() == ""
 

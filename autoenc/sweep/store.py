@@ -110,14 +110,16 @@ class SweepFolder:
                 lock.release()
 
     def writer(self) -> str:
-        """Who runs this sweep now, in words; empty for nobody. Reading only: a claim on another host that was renewed
-        lately holds, one on this host as long as its process lives."""
+        """Which other process runs this sweep now, in words; empty for none. Reading only: a claim on another host that
+        was renewed lately holds, one on this host as long as its process lives."""
         path = self.path / ".lease"
         owner = lease(path).owner
         try:
             if owner is None or time.time() - path.stat().st_mtime > 1.25 * LEASE_SECONDS:
                 return ""
             if owner.hostname == _this_host():
+                if owner.pid == os.getpid():
+                    return ""
                 os.kill(owner.pid, 0)
         except PermissionError:              # somebody else's, and alive
             pass
