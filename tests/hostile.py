@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 from hypothesis import strategies as st
+from sweepfiles import places
 
 import tune_runner
 from autoenc.errors import InputError
@@ -54,15 +55,6 @@ def within(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def places(content: Any) -> list[tuple[Any, Any]]:
-    """Every (container, key) in a tree."""
-    found = []
-    if isinstance(content, dict | list):
-        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
-            found += [(content, key), *places(value)]
-    return found
 
 
 def spoil_tree(draw: st.DrawFn, content: Any, values: st.SearchStrategy = VALUES) -> Any:

@@ -40,3 +40,12 @@ def refused(folder: Path, content: Any, **more: Any) -> str:
     message = str(error.value)
     assert all(line.startswith(str(folder / "toy.yaml")) for line in message.split("\n"))
     return message
+
+
+def places(content: Any) -> list[tuple[Any, Any]]:
+    """Every (container, key) in a tree."""
+    found = []
+    if isinstance(content, dict | list):
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            found += [(content, key), *places(value)]
+    return found

@@ -6,13 +6,12 @@ import copy
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sweepfiles import ARMS, SWEEPS, load, refused, write
+from sweepfiles import ARMS, SWEEPS, load, places, refused, write
 
 from autoenc import figures
 from autoenc.errors import InputError
@@ -258,15 +257,6 @@ WILD = st.one_of(
     st.sampled_from(sorted(figures.MODES)))
 VALUES = st.recursive(WILD, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
     st.sampled_from(KEYWORDS) | st.text(max_size=4), inner, max_size=3), max_leaves=5)
-
-
-def places(content: Any) -> list[tuple[Any, Any]]:
-    """Every (container, key) in a tree."""
-    found = []
-    if isinstance(content, dict | list):
-        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
-            found += [(content, key), *places(value)]
-    return found
 
 
 @st.composite

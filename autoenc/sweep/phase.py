@@ -36,10 +36,10 @@ class Phase:
     start: dict[str, Any]
     arms: list[Candidate]
     dataset: Dataset | None            # None: not decoded yet (only in a dry run)
+    dataset_of: Callable[[DataConfig], Dataset | None]     # also of a split that a further seed makes anew
     reasons: list[str] = field(default_factory=list)       # why it must run; empty: its result stands
     winner: Winner | None = None       # of its last run
     broken: bool = False               # there is a best_config.yaml, but it cannot be read
-    dataset_of: Callable[[DataConfig], Dataset | None] = lambda settings: None      # where a further seed splits anew
 
     @property
     def data(self) -> DataConfig:
@@ -117,7 +117,7 @@ def open_phase(spec: Spec, output: Path, dataset_of: Callable[[DataConfig], Data
         winner, broken = None, str(error)
     reasons = [broken] if broken else inherit.stale_reasons(spec, winner, parent,
                                                             dataset.fingerprint if dataset else None)
-    return Phase(spec, output, parent, start, arms, dataset, reasons, winner, bool(broken), dataset_of)
+    return Phase(spec, output, parent, start, arms, dataset, dataset_of, reasons, winner, bool(broken))
 
 
 def _data_settings(spec: Spec, start: dict[str, Any], arms: Sequence[Candidate]) -> DataConfig:
