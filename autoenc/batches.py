@@ -9,21 +9,24 @@ import torch
 from torch import Tensor
 
 from autoenc.data import Dataset
-from autoenc.metrics import to_unit
+from autoenc.metrics import to_inputs
 
 RESIDENT_BYTES = 2 * 10**9       # a split up to this size is kept on the GPU, as uint8
 
 
 class Batches:
-    """The images of one split, with segmentation and labels where the data has them and they are asked for.
+    """The images of one split, or their splats, with segmentation and labels where the data has them and they are asked
+    for.
 
     ``indices`` are the split's rows in the data set's arrays. A batch is a mapping of ``images`` float32
-    (B, 3, H, W) in [-1, 1], ``segmentation`` int64 (B, H, W) and ``labels`` int64 (B,), on ``device``.
+    (B, 3, H, W) in [-1, 1], ``splats`` float32 (B, N, 8) where the data has them, ``segmentation`` int64 (B, H, W) and
+    ``labels`` int64 (B,), on ``device``.
     """
 
     def __init__(self, dataset: Dataset, indices: np.ndarray, device: torch.device, *, segmentation: bool,
-                 labels: bool, channels_last: bool = False) -> None:
-        wanted = {"images": dataset.images, "segmentation": dataset.segmentation if segmentation else None,
+                 labels: bool, images: bool = True, channels_last: bool = False) -> None:
+        wanted = {"images": dataset.images if images else None, "splats": dataset.splats,
+                  "segmentation": dataset.segmentation if segmentation else None,
                   "labels": dataset.labels if labels else None}
         self.arrays = {name: array for name, array in wanted.items() if array is not None}
         self.indices, self.device, self.channels_last = indices, device, channels_last
@@ -57,5 +60,5 @@ class Batches:
         return self._batch(picked)
 
     def _batch(self, picked: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: to_unit(tensor, self.device, self.channels_last) if name == "images"
-                else tensor.to(self.device, non_blocking=True).long() for name, tensor in picked.items()}
+        return {name: tensor.to(self.device, non_blocking=True).long() if name in ("segmentation", "labels")
+                else to_inputs(tensor, self.device, self.channels_last) for name, tensor in picked.items()}

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from autoenc.config import Config, flatten, make_config
+from autoenc.custom import said_of
 from autoenc.data import Dataset
 from autoenc.errors import InputError
 from autoenc.files import is_whole_zip, write_atomic
-from autoenc.model import Autoencoder
+from autoenc.model import Autoencoder, make_model
 
 FORMAT = 1
 RESUME_KEYS = ("optimizer", "scaler", "raw", "rows", "best")
@@ -33,8 +34,9 @@ KEYS = {"format": int, "config": dict, "shapes": dict, "epoch": int, "metrics": 
 
 def build_model(config: Config, dataset: Dataset) -> Autoencoder:
     """A fresh model for this data, on the CPU. Raises :class:`InputError` for a head whose data is missing."""
-    shapes = data_shapes(dataset)
-    return Autoencoder(config, classes=len(shapes["classes"]), labels=len(shapes["labels"]), seed=config.train.seed)
+    model = make_model(config, data_shapes(dataset), seed=config.train.seed)
+    model.fit(dataset)
+    return model
 
 
 def data_shapes(dataset: Dataset) -> dict[str, Any]:
@@ -109,10 +111,10 @@ def load_model(path: str | os.PathLike, device: str | torch.device = "cpu") -> A
     """The model of any checkpoint, in eval mode. Raises :class:`InputError`."""
     content = read_checkpoint(path)
     config = make_config(flatten(content["config"], f"{path}: config"), f"{path}: config")
-    shapes = content["shapes"]
     try:
-        with torch.device("meta"):          # neither memory nor random numbers for weights that are replaced at once
-            model = Autoencoder(config, classes=len(shapes["classes"]), labels=len(shapes["labels"]), seed=0)
+        # Neither memory nor random numbers for weights that are replaced at once.
+        with torch.device("meta"), said_of(str(path)):
+            model = make_model(config, content["shapes"], seed=0)
         model.load_state_dict(content["model"], assign=True)
     except (KeyError, TypeError, RuntimeError) as error:
         raise InputError(f"{path}: the weights are not those of the configuration: {error}") from None

@@ -1,197 +1,37 @@
-"""The typed configuration of one training: data, model, loss, train.
+"""The typed configuration of one training: data, model, loss, train (see autoenc.settings for each of them).
 
-Every default stands once, here. Keys are written dotted (``loss.kl``) wherever a single setting is named:
-on the command line, in arms and spaces, in tables. Unknown keys and values of the wrong type are errors.
+Keys are written dotted (``loss.kl``) wherever a single setting is named: on the command line, in arms and spaces, in
+tables. Unknown keys and values of the wrong type are errors.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
 from autoenc import figures
-from autoenc.checks import Conflict, Scalar, describe, shown
+from autoenc.checks import Conflict, Faults, describe, shown
+from autoenc.custom import check_target, said_of, source_digest
 from autoenc.errors import InputError, did_you_mean
+from autoenc.settings import (
+    HEADS,
+    RESNET_BLOCKS,
+    SPLAT_COLUMNS,
+    SPLAT_KINDS,
+    STANDARDIZATION,
+    TERMS,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    Section,
+    TrainConfig,
+)
 from autoenc.yamlfile import read_yaml
-
-STANDARDIZATION = 0.1            # weight of the loss of model.normalizer: loss, as the source's author ended with
-HEADS = ("rgb", "segmentation", "classification")
-TERMS = ("mse", "l1", "segmentation", "classification", "kl", "standardization")       # weights among loss.…
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _as_lists(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    return {key: accepted if isinstance(accepted, list) else [accepted] for key, accepted in value.items()}
-
-
-def _check_split(split: tuple[float, ...]) -> tuple[float, ...]:
-    if any(share < 0 for share in split) or abs(sum(split) - 1) > 1e-6:
-        raise ValueError("should be three shares that sum to 1")
-    if split[0] == 0 or split[1] == 0:
-        raise ValueError("leaves nothing to train on or to validate with")
-    return split
-
-
-def _check_heads(heads: tuple[str, ...]) -> tuple[str, ...]:
-    if "rgb" not in heads:
-        raise ValueError("lacks 'rgb', which every figure is measured on")
-    if len(set(heads)) < len(heads):
-        raise ValueError("names a head twice")
-    return heads
-
-
-def _check_monitor(name: str) -> str:
-    if name not in figures.MONITORED:
-        raise ValueError(f"is no figure of the validation split{did_you_mean(name, figures.MONITORED)}")
-    return name
-
-
-Weight = Annotated[float, Field(ge=0, le=1e6)]
-Split = Annotated[tuple[float, float, float], BeforeValidator(_as_tuple), AfterValidator(_check_split)]
-Filters = Annotated[dict[str, list[Scalar]], BeforeValidator(_as_lists)]
-Heads = Annotated[tuple[Literal["rgb", "segmentation", "classification"], ...], BeforeValidator(_as_tuple),
-                  AfterValidator(_check_heads)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class DataConfig(Section):
-    source: Literal["layouts", "manifest", "folder"] = "layouts"
-    """layouts: generated; manifest: a CSV file; folder: a folder of images, labels from its sub-folders"""
-    manifest: str | None = None
-    """the CSV file (source manifest) or the folder (source folder)"""
-    image_column: str = "layout_path"
-    """manifest column with image paths, relative to the manifest"""
-    label_column: str | None = "type"
-    """manifest column with class labels; none: no labels"""
-    filters: Filters = {}
-    """manifest rows to keep: column -> accepted values (or the one)"""
-    palette: str | None = None
-    """YAML file {class: {rgb: [r, g, b], class_index: i}}; none: no segmentation (layouts bring their own)"""
-    palette_tolerance: Annotated[float, Field(ge=0, le=442)] = 30.0
-    """largest RGB distance to a palette colour; pixels farther off are ignored"""
-    image_size: Annotated[int, Field(ge=8, le=4096)] = 64
-    """side of the square images, pixels"""
-    fit: Literal["crop", "pad"] = "pad"
-    """how an image that is not square becomes so: cut at the centre, or padded"""
-    limit: Annotated[int, Field(ge=3, le=10_000_000)] | None = None
-    """so many items, chosen by hash of their names, not the first rows; for layouts: how many to generate"""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
-    """of the split, the choice under a limit, and generated layouts"""
-    split: Split = (0.8, 0.1, 0.1)
-    """shares of train, val, test"""
-    cache_dir: str | None = None
-    """where decoded data is kept; none: $AUTOENC_CACHE, else ~/.cache/autoenc"""
-    allow_outside: bool = False
-    """accept manifest paths that lead out of the manifest's folder"""
-
-    @model_validator(mode="after")
-    def _check(self) -> DataConfig:
-        if self.source != "layouts" and self.manifest is None:
-            what = "a CSV file" if self.source == "manifest" else "a folder of images"
-            raise Conflict(f"data.manifest: source {self.source!r} needs it: the path of {what}")
-        return self
-
-
-class ModelConfig(Section):
-    kind: Literal["conv2d"] = "conv2d"
-    latent_channels: Annotated[int, Field(ge=1, le=4096)] = 8
-    base_channels: Annotated[int, Field(ge=1, le=1024)] = 32
-    """channels of the first level; they double per level"""
-    downsampling_steps: Annotated[int, Field(ge=1, le=8)] = 4
-    """levels; the latent's side is image_size / 2**steps"""
-    variational: bool = False
-    latent: Literal["mean", "sample"] = "mean"
-    """what a VAE's encode() returns as the latent"""
-    normalize_latents: bool = False
-    """encode() returns latents with mean 0 and standard deviation 1 per channel, decode() takes them"""
-    normalizer: Literal["exact", "running", "loss", "learned"] = "exact"
-    """how. exact: by statistics of the finished model over the training split; running: also by running statistics
-    while it trains; loss: also by a loss (loss.standardization); learned: shift and scale are trained through
-    normalising and its inverse, which gives them no gradient: as the source did, to compare with"""
-    heads: Heads | None = None
-    """decoder heads; none: rgb, and those whose loss weight is above 0"""
-    norm: Literal["group", "batch"] = "group"
-    """normalisation of the layers. batch: statistics of the batch while training, running ones otherwise"""
-    init: Literal["default", "xavier", "kaiming"] = "default"
-    """weights of the layers at the start: torch's own (default), xavier_uniform_, kaiming_normal_; the latter two with
-    biases 0"""
-
-
-class LossConfig(Section):
-    """Weights of the loss terms, 0 leaves a term out; and what shapes the KL divergence."""
-
-    mse: Weight = 1.0
-    l1: Weight = 0.0
-    segmentation: Weight = 0.0
-    classification: Weight = 0.0
-    kl: Weight = 0.0
-    """full weight of the KL divergence from N(0, 1); like what shapes it, without effect unless model.variational"""
-    kl_reduction: Literal["mean", "sum"] = "mean"
-    """mean: nats, mean over latent dimensions; sum: nats summed over them, divided by the numbers of an image: beside
-    mse, which is a mean over those, a weight then means the same at every latent size"""
-    kl_schedule: Literal["constant", "linear", "cyclical"] = "constant"
-    """of the KL's weight. linear: from 0 to loss.kl over loss.kl_warmup_epochs; cyclical: in each of loss.kl_cycles
-    from 0 to loss.kl over one half, then held. Only epochs trained wholly at the final weight count for the best epoch,
-    for patience, and where trials are compared"""
-    kl_warmup_epochs: Annotated[int, Field(ge=0, le=100_000)] = 0
-    """length of the linear schedule, epochs"""
-    kl_cycles: Annotated[int, Field(ge=1, le=100_000)] = 4
-    """of the cyclical schedule, over train.epochs"""
-    free_bits: Annotated[float, Field(ge=0, le=1e6)] = 0.0
-    """nats per latent channel (summed over its positions, batch mean) below which the KL has no gradient"""
-    optimal_variance: bool = False
-    """instead of mse, the Gaussian likelihood at the batch's best variance (sigma-VAE), weighted by loss.mse; the KL is
-    reduced by sum: with both weights 1, the evidence lower bound per number of an image"""
-    standardization: Weight | None = None
-    """per channel, squared mean plus squared difference of the standard deviation from 1; none: 0.1 with
-    model.normalizer loss, else 0"""
-
-    @model_validator(mode="after")
-    def _check(self) -> LossConfig:
-        if not any((self.mse, self.l1, self.segmentation, self.classification)):
-            raise Conflict("loss: every weight is 0, so there is nothing to train for")
-        if self.kl_schedule == "linear" and self.kl_warmup_epochs == 0:
-            raise Conflict("loss.kl_warmup_epochs: 0: loss.kl_schedule linear needs 1 or more")
-        if self.optimal_variance and self.mse == 0:
-            raise Conflict("loss.mse: 0: with loss.optimal_variance it weighs the likelihood, and should be above 0")
-        return self
-
-
-class TrainConfig(Section):
-    epochs: Annotated[int, Field(ge=1, le=100_000)] = 10
-    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 16
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """of AdamW"""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    patience: Annotated[int, Field(ge=1, le=100_000)] | None = 3
-    """epochs without improvement of the monitored figure before training ends; none: never"""
-    min_delta: Annotated[float, Field(ge=0)] = 0.0
-    """smallest change of the monitored figure that counts as improvement (absolute)"""
-    monitor: Annotated[str, AfterValidator(_check_monitor)] = "val/mse"
-    """the figure that names the best epoch and that patience watches"""
-    stop_on_collapse: bool = False
-    """end a VAE's training once no dimension of its latent has been active for three epochs that count"""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """fp16 needs a GPU"""
-    schedule: Literal["constant", "cosine", "plateau"] = "constant"
-    """of the learning rate: cosine falls towards 0 over train.epochs; plateau halves after two epochs without gain"""
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """decay per step of an exponential moving average of the weights, which then is the model; none: no average"""
-    sample_every: Annotated[int, Field(ge=0, le=100_000)] = 5
-    """sample images at the first epoch and every so many; 0: never"""
 
 
 class Config(Section):
@@ -202,10 +42,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        steps, size = self.model.downsampling_steps, self.data.image_size
-        if size % 2**steps:
-            raise Conflict(f"data.image_size: {size} is not divisible by {2**steps} "
-                             f"(2 to the power of model.downsampling_steps, {steps})")
+        self._check_kind()
         for head in ("segmentation", "classification"):
             weight = getattr(self.loss, head)
             if weight > 0 and head not in self.heads:
@@ -219,6 +56,66 @@ class Config(Section):
             raise Conflict(f"train.epochs: {self.train.epochs}: no epoch is trained wholly at the KL's final weight "
                            f"with loss.{key} {getattr(self.loss, key)}; that takes {least} epochs or more")
         return self
+
+    def _check_kind(self) -> None:
+        kind, source, steps = self.model.kind, self.data.source, self.model.downsampling_steps
+        if (source == "splats") != (kind in SPLAT_KINDS):
+            takes = "splats (data.source splats)" if kind in SPLAT_KINDS else "images"
+            raise Conflict(f"model.kind: {kind!r} takes {takes}, and data.source is {source!r}"
+                           + (f": {' and '.join(SPLAT_KINDS)} take splats" if source == "splats" else ""))
+        if kind == "conv2d" and self.data.image_size % 2**steps:
+            raise Conflict(f"data.image_size: {self.data.image_size} is not divisible by {2**steps} "
+                           f"(2 to the power of model.downsampling_steps, {steps})")
+        if kind in SPLAT_KINDS:
+            if self.data.splats % self.splats_divisor:
+                raise Conflict(f"data.splats: {self.data.splats} is not divisible by {self.splats_divisor}, by which "
+                               f"model.kind {kind} shortens the sequence")
+            if len(self.heads) > 1:
+                raise Conflict(f"model.heads: {list(self.heads)}: model.kind {kind} has rgb alone, and no loss."
+                               f"{self.heads[1]}")
+        elif self.loss.splats > 0:
+            raise Conflict(f"loss.splats: {self.loss.splats:g}: model.kind {kind!r} gives no splats")
+        for term in self.loss.custom:
+            if term.name in BESIDE_TERMS or f"train/{term.name}" in figures.MODES:
+                raise Conflict(f"loss.custom: {term.target!r}: {term.name} is the name of a figure; call the function "
+                               "otherwise")
+
+    @property
+    def takes_splats(self) -> bool:
+        """Whether the model encodes splats."""
+        return self.model.kind in SPLAT_KINDS
+
+    @property
+    def splat_filters(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Channels of the levels of a splat model's encoder, outermost first, and of its decoder, innermost first."""
+        model = self.model
+        if model.kind == "conv1d":
+            return model.encoder_filters, model.decoder_filters
+        widths = tuple(model.base_channels * min(2**level, 4) for level in range(RESNET_BLOCKS))
+        return widths, widths[::-1]
+
+    @property
+    def splats_divisor(self) -> int:
+        """What the number of splats must be divisible by."""
+        return 2**max(map(len, self.splat_filters))
+
+    @property
+    def elements(self) -> int:
+        """The numbers of an image, or of its splats, that a likelihood is over: D of the evidence lower bound."""
+        if self.takes_splats:
+            return self.data.splats * SPLAT_COLUMNS[self.model.splat_target]
+        return 3 * self.data.image_size**2
+
+    @property
+    def latent_shape(self) -> tuple[int, ...] | None:
+        """(C, h, w), or (D,) of a vector; None where only the model knows (kind custom)."""
+        model = self.model
+        if model.kind == "custom":
+            return None
+        if self.takes_splats:
+            return (model.latent_dim,)
+        side = self.data.image_size // 2**model.downsampling_steps
+        return model.latent_channels, side, side
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -237,8 +134,8 @@ class Config(Section):
         if not self.model.variational:
             weights.pop("kl", None)
         elif self.loss.optimal_variance:
-            weights["optimal_variance"] = weights.pop("mse")
-        return weights
+            weights["optimal_variance"] = weights.pop("splats" if "splats" in weights else "mse")
+        return weights | {term.name: term.weight for term in self.loss.custom if term.weight}
 
     @property
     def kl_schedule(self) -> str:
@@ -278,9 +175,9 @@ class Config(Section):
         A setting added later goes in only where it differs from what was done before it existed, so that stored
         trajectories keep their keys.
         """
-        model = {"kind": self.model.kind, "latent_channels": self.model.latent_channels,
-                 "base_channels": self.model.base_channels, "downsampling_steps": self.model.downsampling_steps,
-                 "variational": self.model.variational, "heads": list(self.heads)}
+        model = {key: getattr(self.model, key) for key in ("kind", *OF_KIND[self.model.kind], "variational")}
+        model = {key: list(value) if isinstance(value, tuple) else value for key, value in model.items()}
+        model["heads"] = list(self.heads)
         if self.model.variational:
             model["latent"] = self.model.latent
         if self.model.normalize_latents and self.model.normalizer in ("running", "learned"):
@@ -300,7 +197,24 @@ class Config(Section):
                 model[key] = getattr(self.model, key)
         if self.kl_schedule == "cyclical":
             train["epochs"] = self.train.epochs
-        return {"model": model, "loss": self.loss_weights | self._kl_identity(), "train": train}
+        loss = self.loss_weights | self._kl_identity()
+        if self.loss.splats and self.loss.group_reduction != "sum":
+            loss["group_reduction"] = self.loss.group_reduction
+        return {"model": model, "loss": loss, "train": train} | self._own_sources()
+
+    @property
+    def own(self) -> list[tuple[str, str, str]]:
+        """What is one's own here and takes part: (setting, target, class or function)."""
+        terms = [("loss.custom", term.target, "function") for term in self.loss.custom if term.weight]
+        return [("model.target", self.model.target, "class"), *terms] if self.model.kind == "custom" else terms
+
+    def _own_sources(self) -> dict[str, Any]:
+        """The source texts of what is one's own, by target, as digests."""
+        found = {}
+        for key, target, _ in self.own:
+            with said_of(key):
+                found[target] = source_digest(target)
+        return {"sources": dict(sorted(found.items()))} if found else {}
 
     def _kl_identity(self) -> dict[str, Any]:
         """What shapes the KL, where there is one, as far as it is not the plain mean at a constant weight. (An optimal
@@ -319,17 +233,23 @@ class Config(Section):
 
     def flat(self) -> dict[str, Any]:
         """All settings by dotted key, as plain values that YAML and JSON hold."""
-        return {f"{section}.{key}": list(value) if isinstance(value, tuple) else value
-                for section, part in self for key, value in part}
+        return {f"{section}.{key}": value for section, part in self.model_dump(mode="json").items()
+                for key, value in part.items()}
 
     def nested(self) -> dict[str, dict[str, Any]]:
         """All settings as nested mappings of plain values: what a ``config:`` in YAML holds."""
         return nest(self.flat())
 
 
+# What shapes a model of each kind, beside what all have: part of its identity.
+OF_KIND = {"conv2d": ("latent_channels", "base_channels", "downsampling_steps"),
+           "conv1d": ("latent_dim", "pool", "splat_target", "encoder_filters", "decoder_filters", "dropout_rates"),
+           "resnet1d": ("latent_dim", "pool", "splat_target", "base_channels"),
+           "custom": ("target", "settings")}
 SECTIONS: dict[str, type[Section]] = {"data": DataConfig, "model": ModelConfig, "loss": LossConfig,
                                       "train": TrainConfig}
 KEYS = tuple(f"{section}.{key}" for section, part in SECTIONS.items() for key in part.model_fields)
+BESIDE_TERMS = ("kl_free", "palette_classes", "segmentation_classes")      # measured with the terms of a split
 WITHOUT_EFFECT = ("data.cache_dir", "train.sample_every")         # on any figure or weight
 PATH_KEYS = ("data.manifest", "data.palette", "data.cache_dir")
 BESIDE_CONFIG = ("config", "provenance", "description",           # in a best_config.yaml; in a base file or preset
@@ -419,7 +339,7 @@ def absolute_paths(flat: Mapping[str, Any], folder: Path, where: str = "") -> di
 
 def load_config(path: str | Path) -> Config:
     """Read one configuration: a ``best_config.yaml``, any YAML file with ``config:`` or the sections themselves, or an
-    experiment file of ImgiNav.
+    experiment file (autoenc.interop).
 
     Paths in it are relative to the file. Raises :class:`InputError`.
     """
@@ -444,6 +364,27 @@ def load_config(path: str | Path) -> Config:
     return make_config(absolute_paths(flat, Path(path).resolve().parent, str(path)), str(path))
 
 
+def check_own(config: Config, where: str) -> None:
+    """Raise :class:`InputError` for a model or loss term of one's own that is not there. Nothing of it is imported."""
+    faults = Faults()
+    for key, target, kind in config.own:
+        with faults.kept(), said_of(f"{where}: {key}"):
+            check_target(target, kind)
+    faults.tell()
+
+
+def own_sources(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The source texts, as digests, of what is one's own among some settings by dotted key; of what is there."""
+    targets = [term["target"] for term in settings.get("loss.custom", ()) if term.get("weight", 1)]
+    if settings.get("model.target") and settings.get("model.kind", "custom") == "custom":
+        targets.append(settings["model.target"])
+    found = {}
+    for target in targets:
+        with suppress(InputError):
+            found[target] = source_digest(target)
+    return found
+
+
 def check_heads(config: Config, classes: int, labels: int) -> None:
     """Raise :class:`InputError` for heads, or a monitored figure, that this data cannot serve.
 
@@ -466,6 +407,8 @@ def check_heads(config: Config, classes: int, labels: int) -> None:
     needs.update(dict.fromkeys(("kl", "kl_nats", "nelbo"), needs["mse_sampled"]))
     needs["log_sigma"] = ("optimal_variance" in config.loss_weights, "model.variational=true and "
                           "loss.optimal_variance=true")
+    needs.update(dict.fromkeys(("splats", *figures.OF_SPLATS), (
+        config.takes_splats, f"model.kind {' or '.join(SPLAT_KINDS)}")))
     for head in ("segmentation", "classification"):
         if name.startswith(head):
             needs[name] = (head in config.heads, f"the {head} head (loss.{head} above 0, or model.heads)")

@@ -1,6 +1,6 @@
 """python -m autoenc.encode CHECKPOINT [MANIFEST] --output DIR: the latents of a data set, for a diffusion model.
 
-    latents_00000.safetensors …    `latent` (N, C, h, w) as encode() gives it; with --posterior also `mu`, `logvar`
+    latents_00000.safetensors …    `latent` (N, C, h, w) or (N, D) as encode() gives; --posterior: also `mu`, `logvar`
     manifest.csv                   name, shard, row, split, label of every image, in the order of the data
     statistics.json                written last: latents_mean and latents_std per channel, what they are of
 
@@ -29,7 +29,8 @@ from autoenc.checkpoint import load_model
 from autoenc.config import Config, make_config
 from autoenc.data import Dataset, prepare
 from autoenc.errors import InputError, command
-from autoenc.metrics import to_unit
+from autoenc.evaluation.splits import latent_shape, shape_in_words
+from autoenc.metrics import to_inputs
 from autoenc.model import Autoencoder, derived_seed
 from autoenc.options import device_of, with_data_settings
 from autoenc.shards import FORMATS, Settings, Shards, Tensors, load_latents
@@ -80,13 +81,12 @@ def _encode(model: Autoencoder, dataset: Dataset, shards: Shards, settings: Sett
     """Encode what is missing. On a GPU nothing here waits for it: batches are read and pinned ahead, latents stay on
     the device until a shard is full, and the thread that writes waits for their copy."""
     device = next(model.parameters()).device
-    shape = (model.config.model.latent_channels,
-             *(side // 2**model.config.model.downsampling_steps for side in dataset.images.shape[1:3]))
+    shape = latent_shape(model, dataset)
     drawn = model.config.model.variational and model.config.model.latent == "sample"
     wanted = ("latent", "mu", "logvar") if settings.posterior else ("latent",)
 
     def read(rows: range) -> tuple[Tensor, Tensor | None]:
-        found = torch.from_numpy(np.array(dataset.images[rows.start:rows.stop]))
+        found = torch.from_numpy(np.array(dataset.inputs[rows.start:rows.stop]))
         noise = _noise(model.config.train.seed, rows, shape) if drawn else None
         if device.type == "cuda":       # pinned memory is copied while the GPU computes
             return found.pin_memory(), None if noise is None else noise.pin_memory()
@@ -98,9 +98,9 @@ def _encode(model: Autoencoder, dataset: Dataset, shards: Shards, settings: Sett
     parts: list[Tensors] = []
     with ThreadPoolExecutor(1) as writer:
         written = None
-        for rows, (images, noise) in _ahead(read, batches):
+        for rows, (inputs, noise) in _ahead(read, batches):
             with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, settings.precision == "bf16"):
-                encoded = _encoded(model, to_unit(images, device), noise)
+                encoded = _encoded(model, to_inputs(inputs, device), noise)
                 parts.append({name: encoded[name].to(DTYPES[settings.dtype]) for name in wanted})
             if rows.stop % settings.shard_size == 0 or rows.stop == len(dataset.images):
                 if written is not None:
@@ -112,12 +112,12 @@ def _encode(model: Autoencoder, dataset: Dataset, shards: Shards, settings: Sett
             written.result()
 
 
-def _encoded(model: Autoencoder, images: Tensor, noise: Tensor | None) -> Tensors:
+def _encoded(model: Autoencoder, inputs: Tensor, noise: Tensor | None) -> Tensors:
     """``model.encode``, with the draw's standard normal noise given."""
     if noise is None:
-        return model.encode(images)
-    mu, logvar = model.encoder(images)
-    raw = mu + noise.to(images.device, non_blocking=True) * torch.exp(0.5 * logvar)
+        return model.encode(inputs)
+    mu, logvar = model.encoder(inputs)
+    raw = mu + noise.to(inputs.device, non_blocking=True) * torch.exp(0.5 * logvar)
     return {"latent": model.normalize(raw), "mu": mu, "logvar": logvar}
 
 
@@ -189,8 +189,7 @@ def main(arguments: list[str]) -> int:
     with _progress(count) as progress:
         found = encode_dataset(model, dataset, output, checkpoint, settings, batch_size=batch_size,
                                advance=progress.advance, say=progress.say)
-    channels, height, width = found["latent_shape"]
-    print(f"{output}: {count:,} images as {height}×{width}×{channels} latents in {found['shards']:,} "
+    print(f"{output}: {count:,} images as {shape_in_words(found['latent_shape'])} latents in {found['shards']:,} "
           f"shard{'s' * (found['shards'] > 1)}; {progress.pace()}")
     if not model.config.model.normalize_latents:
         print("not standardised: subtract latents_mean and divide by latents_std (statistics.json)")
@@ -224,8 +223,10 @@ def _with_data(config: Config, manifest: str | None, settings: Sequence[str]) ->
     flat = config.flat()
     if manifest is not None:
         where = Path(manifest).absolute()
-        flat |= {"data.manifest": str(where), "data.source": "folder" if where.is_dir() else "manifest"}
-    if flat["data.source"] != "layouts":          # there it is how many to generate
+        flat["data.manifest"] = str(where)
+        if flat["data.source"] != "splats":
+            flat["data.source"] = "folder" if where.is_dir() else "manifest"
+    if flat["data.manifest"] is not None:         # else it is how many to generate
         flat["data.limit"] = None
     return with_data_settings(make_config(flat, "data"), settings)
 

@@ -17,7 +17,7 @@ from autoenc.evaluation.baselines import fit_baselines, measure_baselines
 from autoenc.evaluation.cost import flops, speed
 from autoenc.evaluation.interpolation import interpolate
 from autoenc.evaluation.pictures import interpolations, reconstructions, write_picture
-from autoenc.evaluation.splits import batch_size, latent_figures, latent_shape, measure_split
+from autoenc.evaluation.splits import batch_size, latent_figures, latent_shape, measure_split, shape_in_words
 from autoenc.files import write_atomic
 from autoenc.latents import latent_statistics
 from autoenc.model import Autoencoder, count_parameters
@@ -43,7 +43,7 @@ def evaluate(model: Autoencoder, dataset: Dataset, config: Config, *, timing: bo
     try:
         channels, *sides = latent_shape(model, dataset)
         dimensions = channels * math.prod(sides)
-        baselines = fit_baselines(dataset, dimensions, device)
+        baselines = fit_baselines(model, dataset, dimensions, device)
         if pictures is not None:
             pictures.mkdir(parents=True, exist_ok=True)
         found: dict[str, Any] = {
@@ -56,7 +56,7 @@ def evaluate(model: Autoencoder, dataset: Dataset, config: Config, *, timing: bo
             found[split] = None
             if len(dataset.splits[split]):
                 result = measure_split(model, dataset, split, config)
-                latents = latent_statistics(model, dataset.images, batch_size(config), device,
+                latents = latent_statistics(model, dataset.inputs, batch_size(config), device,
                                             indices=dataset.splits[split])
                 between = interpolate(model, dataset, split, latents.std.to(device), batch_size(config))
                 measured = measure_baselines(model, baselines, dataset, split, config)
@@ -89,8 +89,16 @@ def json_text(found: Mapping[str, Any]) -> str:
 
 
 def check_shapes(path: Path, config: Config, shapes: Mapping[str, Any], dataset: Dataset) -> None:
-    """Raise :class:`InputError` where the data's classes or labels are not those that a head was trained for. Data
-    without any is accepted: the head's figures are left out."""
+    """Raise :class:`InputError` where the data's classes or labels are not those that a head was trained for, or its
+    splats are others than the model takes. Data without classes or labels is accepted: the head's figures are left
+    out."""
+    size = config.data.image_size
+    if config.takes_splats and (dataset.splats is None or dataset.splats.shape[1] != config.data.splats
+                                or dataset.images.shape[1] != size):
+        have = "images" if dataset.splats is None else \
+            f"{dataset.splats.shape[1]} splats an image, rendered at {dataset.images.shape[1]} px"
+        raise InputError(f"{path}: the model takes {config.data.splats} splats an image and renders {size} px, and the "
+                         f"data has {have} (data.source, data.splats, data.image_size)")
     present = data_shapes(dataset)
     for head, names, key in (("segmentation", "classes", "data.palette"),
                              ("classification", "labels", "data.label_column")):
@@ -149,12 +157,16 @@ def main(arguments: list[str]) -> int:
 def _print(found: Mapping[str, Any], path: Path, config: Config) -> None:
     from autoenc.evaluation.table import print_tables
 
-    channels, height, width = found["model"]["latent"]
-    size, data = config.data.image_size, config.data
-    print(f"{path}, epoch {found['checkpoint']['epoch']}: {size}×{size}×3 to {height}×{width}×{channels}"
-          f"{' (VAE)' if config.model.variational else ''}; "
+    data = config.data
+    print(f"{path}, epoch {found['checkpoint']['epoch']}: {_input_in_words(config)} to "
+          f"{shape_in_words(found['model']['latent'])}{' (VAE)' if config.model.variational else ''}; "
           f"{data.source if data.manifest is None else f'{data.source} {data.manifest}'}")
     print_tables(found)
+
+
+def _input_in_words(config: Config) -> str:
+    size = config.data.image_size
+    return f"{config.data.splats} splats" if config.takes_splats else f"{size}×{size}×3"
 
 
 def _json_path(text: str) -> Path:

@@ -8,6 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+SPLAT_GROUPS = ("xy", "scale", "rot", "feat")
+OF_SPLATS = {                           # of decoded raw splats, by group: see autoenc.groups
+    **{f"{group}_fvu{suffix}": "min" for suffix in ("", "_position") for group in SPLAT_GROUPS},
+    **{f"{group}_std_ratio": "max" for group in SPLAT_GROUPS},
+    "rot_error": "min",
+}
 PER_SPLIT = {
     "loss": "min",                      # weighted sum of the loss terms
     "mse": "min", "l1": "min", "psnr": "max", "ssim": "max",
@@ -18,6 +24,8 @@ PER_SPLIT = {
     "kl": "min", "kl_nats": "min", "nelbo": "min",
     "log_sigma": "min",                 # of the decoder, with loss.optimal_variance: natural logarithm, at least -6
     "standardization": "min",           # per channel, squared mean plus squared difference of the deviation from 1
+    "splats": "min",                    # the group loss of models of splats
+    **OF_SPLATS,
 }
 ALONE = {
     "latent/mean": "min", "latent/std": "min", "latent/active_units": "max", "latent/smoothness": "min",
@@ -30,11 +38,16 @@ ALONE = {
     "stability/spikes": "min",          # of the gradient norm, over all epochs of a trial
     "stability/epochs": "min",          # the first epoch whose objective is within 5% of the trial's best
 }
-MODES = {**{f"{split}/{name}": mode for split in ("train", "val") for name, mode in PER_SPLIT.items()}, **ALONE}
+# Measured on validation data alone: in training they would cost more than they tell.
+OF_VALIDATION = ("ssim", "palette_miou", "segmentation_accuracy", "segmentation_miou", "classification_accuracy",
+                 *OF_SPLATS)
+MODES = {**{f"{split}/{name}": mode for split in ("train", "val") for name, mode in PER_SPLIT.items()
+            if split == "val" or name not in OF_VALIDATION}, **ALONE}
 
 WEIGHTED = ("train/loss", "val/loss")                    # change with the loss weights: no fair objective over them
 EITHER_WAY = ("latent/mean", "latent/std", "latent/mse_shuffled", "latent/mse_prior", "beta", "val/kl", "val/kl_nats",
-              "train/kl", "train/kl_nats")
+              "train/kl", "train/kl_nats",
+              *(f"val/{group}_std_ratio" for group in SPLAT_GROUPS))
 # Of normalised latents over the training split: the channel farthest from mean 0, that from deviation 1, and the two
 # that tell most of each other; and what setting the statistics changed of the reconstructions.
 STANDARDIZED = ("latent/worst_mean", "latent/worst_deviation", "latent/worst_correlation",

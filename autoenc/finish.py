@@ -15,7 +15,7 @@ from autoenc.evaluation.cost import encode_ms
 from autoenc.evaluation.posterior import posterior_figures
 from autoenc.files import write_atomic
 from autoenc.latents import LatentStatistics, latent_statistics
-from autoenc.metrics import smoothness, to_unit
+from autoenc.metrics import smoothness, to_inputs
 from autoenc.model import DEVIATIONS, Autoencoder
 from autoenc.table import Row
 from autoenc.trajectory import FINISHED, Trajectory
@@ -42,13 +42,13 @@ def finish(trajectory: Trajectory, config: Config, dataset: Dataset, device: str
         path = trajectory.weights(epoch, normalized)
         if path is None:
             raise FileNotFoundError(f"{trajectory.folder}: the weights of epoch {epoch} are not kept")
-        model, images, found = load_model(path, device=device), dataset.images, {}
+        model, inputs, found = load_model(path, device=device), dataset.inputs, {}
         if "latent/smoothness" in missing:
-            found["latent/smoothness"] = smoothness(model, images, indices=dataset.splits["val"])
+            found["latent/smoothness"] = smoothness(model, inputs, indices=dataset.splits["val"])
         if "encode_ms" in missing:
-            found["encode_ms"] = encode_ms(model, images.shape[1])
+            found["encode_ms"] = encode_ms(model, dataset.images.shape[1])
         if missing & set(figures.OF_POSTERIORS):
-            found |= posterior_figures(model, images, dataset.splits["val"])
+            found |= posterior_figures(model, dataset, dataset.splits["val"])
         trajectory.add_figures(epoch, found, normalized)
     if FINISHED in missing:
         trajectory.add_figures(epoch, evaluate_final(trajectory, config, dataset, device, epoch), normalized)
@@ -92,8 +92,8 @@ def standardize(trajectory: Trajectory, config: Config, dataset: Dataset, device
 @torch.inference_mode()
 def _change(model: Autoencoder, before: Autoencoder, dataset: Dataset) -> float:
     """The largest difference of any number in the reconstructions of validation images, images in [-1, 1]."""
-    images = to_unit(dataset.images[dataset.splits["val"][:BATCH]], next(model.parameters()).device)
-    pictures = [each.decode(each.normalize(each.encoder(images)[0]), heads=("rgb",))["rgb"]
+    inputs = to_inputs(dataset.inputs[dataset.splits["val"][:BATCH]], next(model.parameters()).device)
+    pictures = [each.decode(each.normalize(each.encoder(inputs)[0]), heads=("rgb",))["rgb"]
                 for each in (model, before)]
     return float((pictures[0] - pictures[1]).abs().max())
 
@@ -118,7 +118,7 @@ def standardized(found: LatentStatistics, dead: Collection[int] = ()) -> Row:
 
 
 def _statistics(model: Autoencoder, dataset: Dataset, split: str) -> LatentStatistics:
-    return latent_statistics(model, dataset.images, batch_size=BATCH, indices=dataset.splits[split])
+    return latent_statistics(model, dataset.inputs, batch_size=BATCH, indices=dataset.splits[split])
 
 
 def evaluate_final(trajectory: Trajectory, config: Config, dataset: Dataset, device: str, epoch: int) -> Row:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from autoenc.checks import shown
-from autoenc.config import DataConfig, Filters, TrainConfig
+from autoenc.settings import DataConfig, Filters, TrainConfig
 
 SECTIONS = ("experiment", "dataset", "autoencoder", "training")
 IMAGE_SIZE = 512                 # of the source's layouts, where no transform resizes them

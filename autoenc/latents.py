@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoenc.metrics import to_unit
-from autoenc.model import Autoencoder
+from autoenc.metrics import to_inputs
+from autoenc.model import Autoencoder, by_channel
 
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """Of latents (N, C, h, w), per channel over all images and positions; float64 tensors on the CPU.
+    """Of latents (N, C, h, w), or of vectors (N, C), per channel over all images and positions; float64 tensors on the
+    CPU.
 
     Population statistics: divided by ``count``, not by one less. NaN where undefined (the shape of a constant channel,
     errors over one image).
@@ -47,41 +48,41 @@ class LatentStatistics:
 
 
 @torch.inference_mode()
-def latent_statistics(model: Autoencoder, images: np.ndarray, batch_size: int = 64,
+def latent_statistics(model: Autoencoder, inputs: np.ndarray, batch_size: int = 64,
                       device: torch.device | str | None = None, *,
                       indices: np.ndarray | None = None) -> LatentStatistics:
-    """Statistics of what ``model.encode(…)["latent"]`` is for uint8 images (N, H, W, 3), or for those that ``indices``
-    names. ``device``: where the model is (default: asked of it).
+    """Statistics of what ``model.encode(…)["latent"]`` is for a data set's inputs, uint8 images (N, H, W, 3) or splats,
+    or for those that ``indices`` names. ``device``: where the model is (default: asked of it).
 
     Where ``model.latent`` is sample nothing is drawn: the moments are those of the mixture of all posteriors, so that
     the variance is Var(mu) + E[sigma^2]. Raises ValueError for no images.
     """
-    chosen = np.arange(len(images)) if indices is None else indices
+    chosen = np.arange(len(inputs)) if indices is None else indices
     if not len(chosen):
         raise ValueError("no images to take latent statistics of")
     device = next(model.parameters()).device if device is None else torch.device(device)
     total, means, variances = None, [], []
     for start in range(0, len(chosen), batch_size):
-        latent, noise = _posterior(model, to_unit(images[chosen[start:start + batch_size]], device))
+        latent, noise = _posterior(model, to_inputs(inputs[chosen[start:start + batch_size]], device))
         part = _Moments.of(latent, noise)
         total = part if total is None else total.merged(part)
-        means.append(latent.mean((2, 3)))
-        variances.append(latent.var((2, 3), correction=0) + noise.mean((2, 3)))
+        means.append(latent.mean(2))
+        variances.append(latent.var(2, correction=0) + noise.mean(2))
     return _statistics(total, torch.cat(means), torch.cat(variances))
 
 
-def _posterior(model: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each number of the latents, both (B, C, h, w) float64."""
+def _posterior(model: Autoencoder, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each number of the latents, both (B, C, positions) float64."""
     # Any generator: the global one must not move, and a draw is not used.
-    encoded = model.encode(images, torch.Generator(images.device))
+    encoded = model.encode(inputs, torch.Generator(inputs.device))
     if model.config.model.latent != "sample" or "mu" not in encoded:
-        latent = encoded["latent"].double()
+        latent = by_channel(encoded["latent"]).double()
         return latent, torch.zeros_like(latent)
     normalizer = model.encoder.latent_normalizer
     variance = encoded["logvar"].double().exp()
     if normalizer is not None:
         variance = variance * torch.exp(-2 * normalizer.log_scale.double())
-    return model.mean_latent(encoded).double(), variance
+    return by_channel(model.mean_latent(encoded)).double(), by_channel(variance)
 
 
 def _statistics(total: _Moments, means: Tensor, variances: Tensor) -> LatentStatistics:
@@ -111,8 +112,8 @@ class _Moments:
 
     @staticmethod
     def of(latent: Tensor, noise: Tensor) -> _Moments:
-        """Of latents (B, C, h, w) to each of which independent normal noise of a variance (as large) is added: with
-        E e^2 = s, E e^4 = 3 s^2 and odd moments 0, the powers of (x + e) expand to those below."""
+        """Of latents (B, C, positions) to each of which independent normal noise of a variance (as large) is added:
+        with E e^2 = s, E e^4 = 3 s^2 and odd moments 0, the powers of (x + e) expand to those below."""
         x, s = latent.transpose(0, 1).flatten(1), noise.transpose(0, 1).flatten(1)
         mean = x.mean(1)
         x = x - mean[:, None]

@@ -1,8 +1,8 @@
 """The loss terms and their weighted sum.
 
-A term is a pure function of the model's outputs and the batch (``images`` (B, 3, H, W), ``segmentation``
-(B, H, W) int64, ``labels`` (B,) int64) and returns the raw, unweighted scalar. An output or a batch part that
-a term needs and does not find raises KeyError: a term never silently counts as 0.
+A term is a pure function of the model's outputs and the batch (``images`` (B, 3, H, W), ``splats`` (B, N, 8),
+``segmentation`` (B, H, W) int64, ``labels`` (B,) int64) and returns the raw, unweighted scalar. An output or a batch
+part that a term needs and does not find raises KeyError: a term never silently counts as 0.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from autoenc.config import Config
 from autoenc.data import IGNORED
+from autoenc.groups import group_likelihood, group_loss
 
 NO_LABEL = -1
 LOG_SIGMA = -6.0                 # smallest log standard deviation of an optimal-variance decoder
@@ -57,13 +58,20 @@ def _divergence(outputs: Tensors) -> Tensor:
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar)
 
 
-def kl(outputs: Tensors, batch: Tensors, reduction: str = "mean", free_bits: float = 0.0) -> Tensor:
+def splats(outputs: Tensors, batch: Tensors, target: str = "raw", reduction: str = "sum") -> Tensor:
+    """:func:`autoenc.groups.group_loss` of the columns that were decoded."""
+    return group_loss(outputs["columns"], outputs["target"], target, reduction)
+
+
+def kl(outputs: Tensors, batch: Tensors, reduction: str = "mean", free_bits: float = 0.0,
+       elements: int | None = None) -> Tensor:
     """KL divergence from the standard normal in nats, mean over the batch.
 
-    ``reduction``: ``mean`` over latent dimensions, or ``sum`` over them divided by D, the numbers of one of the
-    batch's images. ``free_bits``: nats that each latent channel (a dimension, where the latent is a vector) has at no
-    cost: of its KL, summed over positions and averaged over the batch, the maximum with them is taken (Kingma et al.
-    2016, https://arxiv.org/abs/1606.04934, appendix "objective with free bits", with feature maps as the groups).
+    ``reduction``: ``mean`` over latent dimensions, or ``sum`` over them divided by D: ``elements``, by default the
+    numbers of one of the batch's images. ``free_bits``: nats that each latent channel (a dimension, where the latent is
+    a vector) has at no cost: of its KL, summed over positions and averaged over the batch, the maximum with them is
+    taken (Kingma et al. 2016, https://arxiv.org/abs/1606.04934, appendix "objective with free bits", with feature maps
+    as the groups).
     """
     each = _divergence(outputs)
     if reduction == "mean" and not free_bits:
@@ -71,7 +79,7 @@ def kl(outputs: Tensors, batch: Tensors, reduction: str = "mean", free_bits: flo
     nats = each.reshape(*each.shape[:2], -1).sum(2).mean(0)          # of each channel
     if free_bits:
         nats = nats.clamp(min=free_bits)
-    return nats.sum() / (each if reduction == "mean" else batch["images"])[0].numel()
+    return nats.sum() / (each[0].numel() if reduction == "mean" else elements or batch["images"][0].numel())
 
 
 def kl_nats(outputs: Tensors) -> Tensor:
@@ -104,22 +112,39 @@ def optimal_variance(outputs: Tensors, batch: Tensors) -> Tensor:
     return gaussian(mse(outputs, batch))
 
 
+def splats_likelihood(outputs: Tensors, batch: Tensors, target: str = "raw") -> Tensor:
+    """:func:`autoenc.groups.group_likelihood` of the columns that were decoded: one variance for each group."""
+    return group_likelihood(outputs["columns"], outputs["target"], target)
+
+
 def standardization(outputs: Tensors, batch: Tensors) -> Tensor:
-    """How far latents are from mean 0 and standard deviation 1: per channel of ``raw_latent`` (B, C, h, w), over batch
-    and positions, the squared mean plus the squared difference of the deviation from 1; mean over the channels."""
-    deviation, mean = torch.var_mean(outputs["raw_latent"].float(), dim=(0, 2, 3), correction=0)
+    """How far latents are from mean 0 and standard deviation 1: per channel of ``raw_latent`` (B, C, h, w) or (B, D),
+    over batch and positions, the squared mean plus the squared difference of the deviation from 1; mean over the
+    channels."""
+    raw = outputs["raw_latent"].float()
+    deviation, mean = torch.var_mean(raw, dim=(0, *range(2, raw.dim())), correction=0)
     # The root's gradient at 0, a dead channel, is infinite: below the bound it is 0.
     return (mean.square() + (deviation.clamp(min=1e-12).sqrt() - 1).square()).mean()
 
 
 LOSSES: dict[str, Loss] = {
-    "mse": mse, "l1": l1, "segmentation": segmentation, "classification": classification, "kl": kl,
+    "mse": mse, "l1": l1, "splats": splats, "segmentation": segmentation, "classification": classification, "kl": kl,
     "standardization": standardization, "optimal_variance": optimal_variance}
 
 
 def losses_of(config: Config) -> dict[str, Loss]:
-    """All terms, the KL as the configuration shapes it: what training minimises."""
-    return LOSSES | {"kl": partial(kl, reduction=config.kl_reduction, free_bits=config.loss.free_bits)}
+    """All terms as the configuration shapes them: what training minimises."""
+    target = config.model.splat_target
+    shaped = {"kl": partial(kl, reduction=config.kl_reduction, free_bits=config.loss.free_bits,
+                            elements=config.elements if config.takes_splats else None),
+              "splats": partial(splats, target=target, reduction=config.loss.group_reduction)}
+    if config.takes_splats:
+        shaped["optimal_variance"] = partial(splats_likelihood, target=target)
+    if config.loss.custom:
+        from autoenc.custom import load_terms
+
+        shaped |= load_terms(config)
+    return LOSSES | shaped
 
 
 def weighted_sum(terms: Tensors, weights: Mapping[str, float]) -> Tensor:

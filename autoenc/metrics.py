@@ -17,11 +17,15 @@ from torch.nn import functional
 
 from autoenc.config import Config
 from autoenc.data import IGNORED
-from autoenc.losses import LOSSES, NO_LABEL, Tensors, gaussian, kl, kl_nats, log_sigma
-from autoenc.model import Autoencoder, derived_seed
+from autoenc.groups import group_errors, group_log_sigmas, group_widths, splat_likelihood, splat_nelbo
+from autoenc.losses import NO_LABEL, Tensors, gaussian, kl, kl_nats, log_sigma, losses_of
+from autoenc.model import Autoencoder, by_channel, derived_seed
+from autoenc.settings import SPLAT_COLUMNS
 
 TERM_FIGURES = {"segmentation": "segmentation_ce", "classification": "classification_ce"}   # others: same name
 ACTIVE_VARIANCE = 0.01
+DRAWN = "column_mse_sampled/"
+COLUMNS = ("column_mse/", DRAWN)     # means that other figures are made of: of splats' columns, by group
 
 
 def to_unit(images: np.ndarray | Tensor, device: torch.device | str = "cpu", channels_last: bool = False) -> Tensor:
@@ -30,6 +34,13 @@ def to_unit(images: np.ndarray | Tensor, device: torch.device | str = "cpu", cha
     layout = torch.channels_last if channels_last else torch.contiguous_format
     tensor = tensor.to(device, non_blocking=True).permute(0, 3, 1, 2)
     return tensor.to(torch.float32, memory_format=layout).div_(127.5).sub_(1.0)
+
+
+def to_inputs(values: np.ndarray | Tensor, device: torch.device | str = "cpu", channels_last: bool = False) -> Tensor:
+    """What a model encodes, of a data set's ``inputs``: uint8 images as :func:`to_unit`, float32 splats as they are."""
+    if values.dtype in (np.uint8, torch.uint8):
+        return to_unit(values, device, channels_last)
+    return torch.as_tensor(values).to(device, non_blocking=True)
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -51,7 +62,9 @@ def psnr(mse: float) -> float:
 def nelbo(mse_sampled: float, nats: float, elements: int) -> float:
     """Negative evidence lower bound in nats, up to the data's own quantisation: a Gaussian decoder with the best
     shared variance (Rybkin et al. 2021, sigma-VAE) costs D/2 ln(2 pi e mse), D = ``elements`` of an image."""
-    return elements / 2 * math.log(2 * math.pi * math.e * mse_sampled) + nats if mse_sampled > 0 else -math.inf
+    if mse_sampled == 0:
+        return -math.inf
+    return elements / 2 * math.log(2 * math.pi * math.e * mse_sampled) + nats
 
 
 @functools.lru_cache(maxsize=8)
@@ -128,18 +141,23 @@ class Means:
             elif name == "classification":
                 count = (batch["labels"] != NO_LABEL).sum()
             else:
-                count = len(batch["images"])
+                count = len(next(iter(batch.values())))
             self.add(name, term, count)
 
-    def add_posterior(self, encoded: Tensors, batch: Tensors, mse_sampled: Tensor, config: Config) -> None:
-        """A VAE's own figures over a batch: the KL divergence in the configured reduction (``kl_free``: with free bits,
-        as it was minimised) and in nats, and the error of what was decoded from draws."""
+    def add_posterior(self, encoded: Tensors, batch: Tensors, config: Config) -> None:
+        """A VAE's KL divergence over a batch, in the configured reduction (``kl_free``: with free bits, as it was
+        minimised) and in nats."""
         count, reduction, free_bits = len(encoded["mu"]), config.kl_reduction, config.loss.free_bits
-        self.add("mse_sampled", mse_sampled, count)
-        self.add("kl", kl(encoded, batch, reduction), count)
+        elements = config.elements if config.takes_splats else None
+        self.add("kl", kl(encoded, batch, reduction, elements=elements), count)
         self.add("kl_nats", kl_nats(encoded), count)
         if free_bits:
-            self.add("kl_free", kl(encoded, batch, reduction, free_bits), count)
+            self.add("kl_free", kl(encoded, batch, reduction, free_bits, elements), count)
+
+    def add_groups(self, name: str, columns: Tensor, target: Tensor, kind: str) -> None:
+        """The mean squared error of each group of splats' columns (B, N, C), as ``name`` and the group's."""
+        for group, error in group_errors(columns, target, kind).items():
+            self.add(f"{name}{group}", error / group_widths(kind)[group], len(columns))
 
     def values(self) -> dict[str, float]:
         """The means; NaN for one of nothing. Transfers once."""
@@ -148,24 +166,54 @@ class Means:
         return dict(zip(self.sums, torch.where(counts > 0, sums / counts, torch.nan).tolist(), strict=True))
 
 
-def loss_figures(means: Mapping[str, float], weights: Mapping[str, float], elements: int) -> dict[str, float]:
+def loss_figures(means: Mapping[str, float], weights: Mapping[str, float], elements: int,
+                 splats: str | None = None) -> dict[str, float]:
     """The figures of a split from its mean raw terms: ``loss`` (their weighted sum, a term of nothing being 0, the KL
     with its free bits), the terms under their figures' names, ``psnr``, and with ``mse_sampled`` and ``kl_nats`` also
-    ``nelbo``. An optimal variance is that of the split: its ``log_sigma``, and its likelihood in the loss."""
-    found = {name: value for name, value in means.items() if name != "kl_free"}
+    ``nelbo``. An optimal variance is that of the split: its ``log_sigma``, and its likelihood in the loss.
+
+    ``elements``: numbers in an image. ``splats``: of a model of splats its ``model.splat_target``; a likelihood then is
+    over their columns, with a variance for each group."""
+    found = {name: value for name, value in means.items() if name != "kl_free" and not name.startswith(COLUMNS)}
     terms = dict(found)
     if "kl_free" in means:
         terms["kl"] = means["kl_free"]
     if "optimal_variance" in weights:
-        error = torch.tensor(means["mse"], dtype=torch.float64)
-        terms["optimal_variance"], found["log_sigma"] = gaussian(error).item(), log_sigma(error).item()
+        terms["optimal_variance"], found["log_sigma"] = _likelihood(means, splats)
     loss = sum(weight * terms[name] for name, weight in weights.items()
                if name not in TERM_FIGURES or not math.isnan(terms[name]))
     figures = {"loss": loss, **{TERM_FIGURES.get(name, name): value for name, value in found.items()}}
-    figures["psnr"] = psnr(means["mse"])
-    if "mse_sampled" in means:
+    if "mse" in means:
+        figures["psnr"] = psnr(means["mse"])
+    if "kl_nats" in means and splats is not None:
+        drawn = _of_groups(means, DRAWN) or _of_groups(means, COLUMNS[0])        # while training all are draws
+        figures["nelbo"] = splat_nelbo(drawn, means["kl_nats"], elements // SPLAT_COLUMNS[splats], splats)
+    elif "mse_sampled" in means:
         figures["nelbo"] = nelbo(means["mse_sampled"], means["kl_nats"], elements)
     return figures
+
+
+def _of_groups(means: Mapping[str, float], prefix: str) -> dict[str, float]:
+    return {name.removeprefix(prefix): value for name, value in means.items() if name.startswith(prefix)}
+
+
+def _likelihood(means: Mapping[str, float], splats: str | None) -> tuple[float, float]:
+    """The optimal-variance likelihood in nats a number and the log of its deviation; of splats over all groups, each
+    with its own, the deviation's log as their mean over the numbers."""
+    if splats is None:
+        error = torch.tensor(means["mse"], dtype=torch.float64)
+        return gaussian(error).item(), log_sigma(error).item()
+    errors = _of_groups(means, COLUMNS[0])
+    sigmas = group_log_sigmas(errors)
+    shares = {group: width / SPLAT_COLUMNS[splats] for group, width in group_widths(splats).items()}
+    return splat_likelihood(errors, splats), sum(share * sigmas[group] for group, share in shares.items())
+
+
+def measured_terms(config: Config) -> list[str]:
+    """The loss terms that are measured of a model's outputs, whatever their weights."""
+    own = [term.name for term in config.loss.custom if term.weight]
+    splats = ["splats"] if config.takes_splats else []
+    return ["mse", "l1", *splats, *(head for head in config.heads if head != "rgb"), *own]
 
 
 class SplitFigures:
@@ -173,8 +221,10 @@ class SplitFigures:
 
     def __init__(self, model: Autoencoder, palette: np.ndarray | None) -> None:
         self.model = model
-        self.terms = ["mse", "l1", *(head for head in model.config.heads if head != "rgb")]
+        self.losses = losses_of(model.config)
+        self.terms = measured_terms(model.config)
         self.means = Means()
+        self.groups = model.group_figures() if model.config.takes_splats else None
         self.palette = None if palette is None else palette_colours(palette, next(model.parameters()).device)
         self.confusion: dict[str, Tensor] = {}
         self.latents = 0
@@ -183,14 +233,20 @@ class SplitFigures:
         self.channel_sum: Tensor | float = 0.0
         self.channel_square: Tensor | float = 0.0
 
-    def update(self, batch: Tensors, encoded: Tensors, outputs: Tensors, sampled: Tensor | None = None) -> None:
-        """One batch: what ``encode`` gave, what decoding (the posterior's mean for a VAE) gave, and for a VAE the
-        images decoded from a draw."""
+    def update(self, batch: Tensors, encoded: Tensors, outputs: Tensors, sampled: Tensors | None = None) -> None:
+        """One batch: what ``encode`` gave, what decoding (the posterior's mean for a VAE) gave, and for a VAE what was
+        decoded from a draw."""
         images, count = batch["images"], len(batch["images"])
-        self.means.add_terms({name: LOSSES[name](outputs, batch) for name in self.terms}, batch)
+        if self.groups is not None and "columns" in outputs:
+            outputs = {**outputs, "target": self.model.columns(batch["splats"])}
+            self.groups.update(outputs["splats"], batch["splats"], outputs["columns"], outputs["target"],
+                               None if sampled is None else sampled["columns"])
+        found = {**encoded, **outputs}
+        self.means.add_terms({name: self.losses[name](found, batch) for name in self.terms}, batch)
         self.means.add("ssim", ssim(outputs["rgb"], images).mean(), count)
         if sampled is not None:
-            self.means.add_posterior(encoded, batch, functional.mse_loss(sampled, images), self.model.config)
+            self.means.add_posterior(encoded, batch, self.model.config)
+            self.means.add("mse_sampled", functional.mse_loss(sampled["rgb"], images), count)
         if self.palette is not None and "segmentation" in batch:
             self._compare("palette", nearest_class(outputs["rgb"], self.palette), batch["segmentation"])
         if "segmentation" in outputs:
@@ -212,8 +268,9 @@ class SplitFigures:
         mean = encoded["mu"].double() if "mu" in encoded else raw
         self.means.add("latent/mean", latent.mean(), len(latent))
         self.means.add("latent/square", latent.square().mean(), len(latent))
-        self.channel_sum = self.channel_sum + raw.mean((2, 3)).sum(0)
-        self.channel_square = self.channel_square + raw.square().mean((2, 3)).sum(0)
+        raw = by_channel(raw)
+        self.channel_sum = self.channel_sum + raw.mean(2).sum(0)
+        self.channel_square = self.channel_square + raw.square().mean(2).sum(0)
         self.latents += len(mean)
         self.latent_sum = self.latent_sum + mean.sum(0)
         self.latent_square = self.latent_square + mean.square().sum(0)
@@ -233,32 +290,39 @@ class SplitFigures:
                 self.means.add(f"{name}_accuracy", confusion.diagonal().sum() / confusion.sum(), 1)
         means = self.means.values()
         square = means.pop("latent/square")
-        figures = loss_figures(means, weights, elements)
+        config, groups = self.model.config, self.groups
+        if groups is not None and groups.splats:
+            means |= {COLUMNS[0] + name: error for name, error in groups.column_mse.items()}
+            means |= {DRAWN + name: error for name, error in groups.column_mse_sampled.items() if groups.drawn}
+        figures = loss_figures(means, weights, elements, config.model.splat_target if config.takes_splats else None)
+        if groups is not None and groups.splats:
+            figures |= groups.compute()
         figures["latent/std"] = math.sqrt(max(square - means["latent/mean"] ** 2, 0.0))
         return figures
 
 
 @torch.inference_mode()
-def smoothness(model: Autoencoder, images: np.ndarray, *, indices: np.ndarray | None = None, pairs: int = 64,
+def smoothness(model: Autoencoder, inputs: np.ndarray, *, indices: np.ndarray | None = None, pairs: int = 64,
                points: int = 11, seed: int = 42) -> float:
     """How directly decoding follows the straight line between two latents: the mean over seeded pairs of images of
     path over endpoint distance (1: straight; both Euclidean, between decoded rgb images ``points`` apart on the line).
 
-    ``images``: uint8 (N, H, W, 3), of which ``indices`` (default: all) may be drawn. Pairs whose decoded ends are
-    identical are left out; NaN if none is left.
+    ``inputs``: of a data set, uint8 images (N, H, W, 3) or splats, of which ``indices`` (default: all) may be drawn.
+    Pairs whose decoded ends are identical are left out; NaN if none is left.
     """
-    chosen = np.arange(len(images)) if indices is None else indices
+    chosen = np.arange(len(inputs)) if indices is None else indices
     if len(chosen) < 2:
         return math.nan
     device = next(model.parameters()).device
     rng = np.random.default_rng(derived_seed(seed, "smoothness"))
     generator = torch.Generator(device).manual_seed(derived_seed(seed, "smoothness"))
-    steps = torch.linspace(0, 1, points, device=device)[:, None, None, None]
+    steps = torch.linspace(0, 1, points, device=device)
     ratios = []
     for _ in range(pairs):
         ends = chosen[rng.choice(len(chosen), size=2, replace=False)]
-        first, last = model.encode(to_unit(images[ends], device), generator)["latent"]
-        decoded = model.decode(first + steps * (last - first), heads=("rgb",))["rgb"].double().flatten(1)
+        first, last = model.encode(to_inputs(inputs[ends], device), generator)["latent"]
+        between = first + steps.view(-1, *[1] * first.dim()) * (last - first)
+        decoded = model.decode(between, heads=("rgb",))["rgb"].double().flatten(1)
         path = (decoded[1:] - decoded[:-1]).norm(dim=1).sum()
         ratios.append(path / (decoded[-1] - decoded[0]).norm())       # 0/0 and x/0 for identical ends
     ratio = torch.stack(ratios)

@@ -12,19 +12,20 @@ from autoenc.metrics import nearest_class, palette_colours, to_uint8
 from autoenc.model import Autoencoder
 
 
-def sample_picture(model: Autoencoder, images: Tensor, palette: np.ndarray | None) -> np.ndarray:
+def sample_picture(model: Autoencoder, inputs: Tensor, images: Tensor, palette: np.ndarray | None) -> np.ndarray:
     """The picture of :func:`sample`."""
-    return sample(model, images, palette)[0]
+    return sample(model, inputs, images, palette)[0]
 
 
 @torch.inference_mode()
-def sample(model: Autoencoder, images: Tensor, palette: np.ndarray | None,
+def sample(model: Autoencoder, inputs: Tensor, images: Tensor, palette: np.ndarray | None,
            autocast: AbstractContextManager | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """A picture, uint8 (rows * H, B * W, 3): images (B, 3, H, W) above their reconstructions above the predicted
-    classes in palette colours (no such row without palette); and the latents that were decoded, float32 (B, C, h, w):
-    a VAE's posterior mean, normalised where the model normalises."""
+    """A picture, uint8 (rows * H, B * W, 3): images (B, 3, H, W) above their reconstructions (of ``inputs``, what the
+    model takes: the images or their splats) above the predicted classes in palette colours (no such row without
+    palette); and the latents that were decoded, float32 (B, C, h, w) or (B, D): a VAE's posterior mean, normalised
+    where the model normalises."""
     with autocast or nullcontext():
-        mean, _ = model.encoder(images)
+        mean, _ = model.encoder(inputs)
         latent = model.normalize(mean)
         outputs = model.decode(latent)
     rows = [to_uint8(images), to_uint8(outputs["rgb"])]

@@ -20,7 +20,7 @@ from torch import Tensor
 from autoenc.data import SPLITS, Dataset
 from autoenc.errors import InputError, did_you_mean
 from autoenc.files import LEFTOVER, canonical_json, write_atomic
-from autoenc.model import Autoencoder
+from autoenc.model import Autoencoder, by_channel
 
 FORMATS = ("safetensors", "npz")
 
@@ -129,7 +129,7 @@ class Shards:
 
     def _take(self, shard: int, tensors: Tensors) -> None:
         # numpy sums in one thread: the last digit is the same however many threads torch has.
-        latent = tensors["latent"].double().flatten(2).numpy()
+        latent = by_channel(tensors["latent"]).double().numpy()
         self.moments[shard] = latent.mean(2), latent.var(2)
         self.shape = tuple(tensors["latent"].shape[1:])
 

@@ -26,8 +26,8 @@ from autoenc.batches import Batches
 from autoenc.checkpoint import build_model, checkpoint_content, data_shapes
 from autoenc.config import Config
 from autoenc.errors import InputError, command
-from autoenc.losses import losses_of, weighted_sum
-from autoenc.metrics import Means, SplitFigures, loss_figures
+from autoenc.losses import Loss, losses_of, weighted_sum
+from autoenc.metrics import COLUMNS, TERM_FIGURES, Means, SplitFigures, loss_figures
 from autoenc.model import Autoencoder, count_parameters, derived_seed, draw
 from autoenc.samples import sample
 from autoenc.schedule import kl_weight, learning_rate
@@ -39,6 +39,7 @@ CHECK_EVERY = 20         # steps between two looks at a GPU's losses and gradien
 EVALUATION_BATCH = 4     # batches without gradients are so many times larger
 SPIKE = 3.0              # a gradient norm above so many times the epoch's median
 SAMPLES = 8
+UNDEFINED = ("_miou", "_accuracy", "_ce", *figures.OF_SPLATS)       # figures that data may not have
 
 
 class Diverged(Exception):
@@ -80,15 +81,12 @@ class _Run:
     train: Batches
     val: Batches
     average: Autoencoder | None          # of the weights, with train.ema
+    losses: dict[str, Loss]
 
     @property
     def result(self) -> Autoencoder:
         """What the training is for: what is measured, kept and exported."""
         return self.average or self.model
-
-    @property
-    def elements(self) -> int:
-        return 3 * self.config.data.image_size**2
 
     @property
     def steps(self) -> int:
@@ -145,16 +143,21 @@ def _prepare(config: Config, dataset: Dataset, device: torch.device, resume: Map
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
     average = copy.deepcopy(model) if config.train.ema is not None else None
     if resume is not None:
+        if not all(torch.equal(known, resume["model"][name].to(device)) for name, known in model.fitted().items()):
+            raise InputError("the checkpoint to go on from has the statistics of other data: its splats were "
+                             "normalised by another training split")
         model.load_state_dict(resume["raw"] if average is not None else resume["model"])
         if average is not None:
             average.load_state_dict(resume["model"])
         optimizer.load_state_dict(copy.deepcopy(resume["optimizer"]))     # else steps would write into the caller's
         scaler.load_state_dict(resume["scaler"])
-    batches = partial(Batches, dataset, device=device, labels="classification" in config.heads,
+    own = bool(config.loss.custom)           # which may look at anything
+    batches = partial(Batches, dataset, device=device, labels="classification" in config.heads or own,
                       channels_last=channels_last)
     return _Run(config, dataset, device, model, optimizer, scaler,
-                batches(indices=dataset.splits["train"], segmentation=config.loss.segmentation > 0),
-                batches(indices=dataset.splits["val"], segmentation=True), average)
+                batches(indices=dataset.splits["train"], segmentation=config.loss.segmentation > 0 or own,
+                        images=not config.takes_splats or bool({"mse", "l1"} & config.loss_weights.keys()) or own),
+                batches(indices=dataset.splits["val"], segmentation=True), average, losses_of(config))
 
 
 def _epochs(run: _Run, done: int, history: Sequence[Mapping[str, float]]) -> Iterator[EpochResult]:
@@ -196,7 +199,9 @@ def _train_epoch(run: _Run, epoch: int) -> dict[str, float]:
     norms += _read(unread, epoch, len(norms), run.scaler.is_enabled())
     if run.scaler.is_enabled() and run.scaler.get_scale() < 1:
         raise Diverged(epoch, len(norms), "gradient")
-    found = loss_figures(means.values(), run.weights_after(epoch), run.elements)
+    config = run.config
+    found = loss_figures(means.values(), run.weights_after(epoch), config.elements,
+                         config.model.splat_target if config.takes_splats else None)
     finite = np.array([norm for norm in norms if math.isfinite(norm)] or [math.nan])
     return {**{f"train/{name}": value for name, value in found.items()}, "train/grad_norm": float(finite.mean()),
             "train/spikes": float((finite > SPIKE * np.median(finite)).sum())}
@@ -206,9 +211,9 @@ def _step(run: _Run, batch: dict[str, Tensor], noise: torch.Generator, means: Me
           weights: Mapping[str, float]) -> Tensor:
     """One step; returns (loss, gradient norm) on the device, nothing waits for it."""
     with run.autocast():
-        outputs = run.model(batch["images"], noise)
-    losses = losses_of(run.config)
-    terms = {name: losses[name](outputs, batch) for name in {"mse": None, **weights}}
+        outputs = run.model(batch[run.model.takes], noise)
+    terms = {name: run.losses[name](outputs, batch)
+             for name in {"splats" if run.config.takes_splats else "mse": None, **weights}}
     loss = weighted_sum(terms, weights)
     run.optimizer.zero_grad()
     run.scaler.scale(loss).backward()
@@ -218,8 +223,12 @@ def _step(run: _Run, batch: dict[str, Tensor], noise: torch.Generator, means: Me
     run.scaler.update()
     with torch.no_grad():
         means.add_terms({name: term for name, term in terms.items() if name not in ("kl", "optimal_variance")}, batch)
-        if "logvar" in outputs:         # the model was trained on draws, so its mse is that of draws
-            means.add_posterior(outputs, batch, terms["mse"], run.config)
+        if "logvar" in outputs:
+            means.add_posterior(outputs, batch, run.config)
+            if run.config.takes_splats:
+                means.add_groups(COLUMNS[0], outputs["columns"], outputs["target"], run.config.model.splat_target)
+            if "mse" in terms:          # the model was trained on draws, so its mse is that of draws
+                means.add("mse_sampled", terms["mse"], len(outputs["mu"]))
         return torch.stack((loss.detach(), norm))
 
 
@@ -258,15 +267,15 @@ def _validate(run: _Run, epoch: int) -> dict[str, float]:
     for batch in run.val.pass_over(EVALUATION_BATCH * config.train.batch_size):
         sampled = None
         with run.autocast():
-            encoded = model.encode(batch["images"], noise)
-            outputs = model.decode(model.mean_latent(encoded))
+            encoded = model.encode(batch[model.takes], noise)
+            outputs = model.decode(model.mean_latent(encoded), model.measured_outputs)
             if "logvar" in encoded:
                 drawn = encoded["latent"] if config.model.latent == "sample" else \
                     model.normalize(draw(encoded["mu"], encoded["logvar"], noise))
-                sampled = model.decode(drawn, heads=("rgb",))["rgb"]
+                sampled = model.decode(drawn, heads=model.drawn_outputs)
         split.update(batch, encoded, outputs, sampled)
     weights = run.weights_after(epoch)
-    found = split.compute(weights, run.elements)
+    found = split.compute(weights, config.elements)
     metrics = {name if name in figures.ALONE else f"val/{name}": value for name, value in found.items()}
     metrics |= {"latent_size": float(model.latent_size), "parameters": float(count_parameters(model))}
     return metrics | ({"beta": weights.get("kl", 0.0)} if config.model.variational else {})
@@ -277,7 +286,7 @@ def _check_figures(metrics: Mapping[str, float], monitor: str, epoch: int, step:
     NaN, and what is a logarithm of the error may be infinite."""
     for name in ("train/loss", "val/loss", "val/mse", "val/mse_sampled", monitor):
         value = metrics.get(name, 0.0)
-        undefined = math.isnan(value) and name.endswith(("_miou", "_accuracy", "_ce"))
+        undefined = math.isnan(value) and name.endswith(UNDEFINED)
         perfect = math.isinf(value) and name in ("val/psnr", "val/nelbo")
         if not (math.isfinite(value) or undefined or perfect):
             raise Diverged(epoch, step, name)
@@ -285,8 +294,8 @@ def _check_figures(metrics: Mapping[str, float], monitor: str, epoch: int, step:
 
 def _samples(run: _Run) -> tuple[np.ndarray, np.ndarray]:
     count = min(SAMPLES, len(run.val))      # always the same, spread over the split
-    images = run.val.take(np.linspace(0, len(run.val) - 1, count).round().astype(np.int64))["images"]
-    return sample(run.result.eval(), images, run.dataset.palette, run.autocast())
+    batch = run.val.take(np.linspace(0, len(run.val) - 1, count).round().astype(np.int64))
+    return sample(run.result.eval(), batch[run.model.takes], batch["images"], run.dataset.palette, run.autocast())
 
 
 def _state(run: _Run, epoch: int, metrics: Mapping[str, float]) -> dict[str, Any]:
@@ -300,7 +309,8 @@ def main(arguments: list[str]) -> int:
     import argparse
     from pathlib import Path
 
-    from autoenc.config import load_config
+    from autoenc.config import check_own, load_config
+    from autoenc.custom import said_of
     from autoenc.data import prepare
     from autoenc.interop import check_counts, load_experiment
     from autoenc.trajectory import Trajectory, best_row, collapse, divergence, trajectory_key
@@ -315,9 +325,12 @@ def main(arguments: list[str]) -> int:
     config, experiment = load_config(options.config), load_experiment(options.config)
     for notice in experiment.notices if experiment else ():
         print(f"note: {notice}", file=sys.stderr)
+    check_own(config, options.config)
     dataset = prepare(config.data)
     if experiment:
         check_counts(experiment, len(dataset.classes), len(dataset.label_names))
+    with said_of(options.config):
+        build_model(config.as_trained, dataset), losses_of(config)      # what cannot be shows before a file is written
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trajectory = Trajectory(Path(options.output))
     key = trajectory_key(config, dataset.fingerprint, device)
@@ -352,8 +365,9 @@ def main(arguments: list[str]) -> int:
 
 def _line(row: Mapping[str, float], config: Config) -> str:
     """An epoch as people watch it: raw losses, the KL with its weight, the weighted total."""
-    terms = {"mse": "mse", "l1": "l1", "segmentation": "segmentation_ce", "classification": "classification_ce"}
-    weighed = {"mse" if name == "optimal_variance" else name for name in config.loss_weights}
+    terms = {name: name for name in ("mse", "l1", "splats")} | TERM_FIGURES
+    likelihood = "splats" if config.takes_splats else "mse"
+    weighed = {likelihood if name == "optimal_variance" else name for name in config.loss_weights}
     told = [f"epoch {row['epoch']:>3}/{config.train.epochs}"]
     for split in ("train", "val"):
         values = [f"{name} {row[f'{split}/{figure}']:.5f}" for name, figure in terms.items()

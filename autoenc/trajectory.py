@@ -200,7 +200,7 @@ class Trajectory:
         """
         path = self.evaluation_path(epoch, normalized)
         found = self._read_json(path.name)
-        parts = {"latents_mean": list, "latents_std": list, "val": dict, "cost": dict}
+        parts = {"latents_mean": list, "latents_std": list, "model": dict, "val": dict, "cost": dict}
         whole = all(isinstance(found.get(name), kind) for name, kind in parts.items())
         return found if whole and self.weights_path(epoch, normalized).with_suffix(".safetensors").is_file() else {}
 

@@ -15,6 +15,7 @@ from autoenc import figures
 from autoenc.config import (
     HEADS,
     KEYS,
+    SPLAT_KINDS,
     Config,
     absolute_paths,
     check_heads,
@@ -32,14 +33,28 @@ words = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]
 weights = st.floats(0, 1e6) | st.integers(0, 10**6)
 shares = st.sampled_from([[0.8, 0.1, 0.1], [0.5, 0.5, 0], [1 / 3, 1 / 3, 1 / 3], [1, 1e-9, 0]])
 values = {
-    "data.source": st.sampled_from(["layouts", "manifest", "folder"]), "data.manifest": words.map("/".__add__),
+    "data.source": st.sampled_from(["layouts", "manifest", "folder", "splats"]),
+    "data.manifest": words.map("/".__add__),
     "data.image_column": words, "data.label_column": st.none() | words,
     "data.filters": st.dictionaries(words, st.lists(words | st.booleans() | st.integers() | st.none()), max_size=2),
     "data.palette": st.none() | words.map("/".__add__), "data.palette_tolerance": st.floats(0, 442),
     "data.image_size": st.sampled_from([256, 512, 768]), "data.fit": st.sampled_from(["crop", "pad"]),
     "data.limit": st.none() | st.integers(3, 10**7), "data.seed": st.integers(0, 2**63 - 1), "data.split": shares,
     "data.cache_dir": st.none() | words, "data.allow_outside": st.booleans(),
-    "model.kind": st.just("conv2d"), "model.latent_channels": st.integers(1, 4096),
+    "data.splats": st.sampled_from([256, 512, 768]), "data.curve": st.sampled_from(["hilbert", "morton"]),
+    "data.generated": st.sampled_from(["compositions", "layouts"]), "data.refine": st.integers(0, 10_000),
+    "model.kind": st.sampled_from(["conv2d", "conv1d", "resnet1d", "custom"]),
+    "model.latent_dim": st.integers(1, 65_536), "model.pool": st.sampled_from(["mean", "none"]),
+    "model.splat_target": st.sampled_from(["raw", "canonical", "logcov"]),
+    "model.encoder_filters": st.lists(st.integers(1, 512), min_size=1, max_size=8),
+    "model.decoder_filters": st.lists(st.integers(1, 512), min_size=1, max_size=8),
+    "model.dropout_rates": st.lists(st.floats(0, 0.99), max_size=8),
+    "model.target": st.none() | st.just("racing:Lab"),
+    "model.settings": st.dictionaries(words, words | st.integers() | st.lists(st.booleans(), max_size=2), max_size=2),
+    "loss.splats": weights, "loss.group_reduction": st.sampled_from(["sum", "mean"]),
+    "loss.custom": st.lists(st.fixed_dictionaries({"target": st.sampled_from(["helpers:small_config", "racing:Lab"])},
+                                                  optional={"weight": weights}), max_size=1),
+    "model.latent_channels": st.integers(1, 4096),
     "model.base_channels": st.integers(1, 1024), "model.downsampling_steps": st.integers(1, 8),
     "model.variational": st.booleans(), "model.latent": st.sampled_from(["mean", "sample"]),
     "model.normalize_latents": st.booleans(),
@@ -63,7 +78,23 @@ values = {
 configs = st.fixed_dictionaries(
     {"data.manifest": values["data.manifest"], "data.image_size": values["data.image_size"]},
     optional={key: value for key, value in values.items() if key not in ("data.manifest", "data.image_size")},
-).map(lambda flat: make_config({"train.epochs": 100, "loss.kl_warmup_epochs": 5, **flat}, "test"))
+).map(lambda flat: make_config({"train.epochs": 100, "loss.kl_warmup_epochs": 5, **fitting(flat)}, "test"))
+
+
+def fitting(flat: dict) -> dict:
+    """The settings with those altered that do not go with the kind of model."""
+    kind = flat.get("model.kind", "conv2d")
+    flat = {**flat, "loss.mse": flat.get("loss.mse", 1.0)}
+    if flat.get("data.source") == "splats" and kind not in SPLAT_KINDS:
+        flat["data.source"] = "layouts"
+    if kind == "custom":
+        flat["model.target"] = "racing:Lab"
+    if kind in SPLAT_KINDS:
+        flat |= {"data.source": "splats", "model.heads": None, "loss.segmentation": 0, "loss.classification": 0,
+                 "model.dropout_rates": [0.1] * len(flat.get("model.encoder_filters", (1, 2, 3)))}
+    if kind not in SPLAT_KINDS or flat.get("loss.optimal_variance"):
+        flat["loss.splats"] = 0
+    return flat
 
 
 def test_every_setting_is_covered_here():
@@ -109,7 +140,8 @@ def test_any_settings_are_a_configuration_or_an_input_error(content):
         assert len(str(error)) < 5000
     else:
         assert config.flat()
-        content_hash(config.identity())
+        if config.model.kind != "custom" and not config.loss.custom:       # whose sources may not be there
+            content_hash(config.identity())
 
 
 @pytest.mark.parametrize(("flat", "said"), [
@@ -120,7 +152,21 @@ def test_any_settings_are_a_configuration_or_an_input_error(content):
     ({"loss.mse": float("nan")}, "f: loss.mse: nan: input should be a finite number"),
     ({"loss.kl": -1}, "f: loss.kl: -1: input should be greater than or equal to 0"),
     ({"model.variational": 1}, "f: model.variational: 1: input should be a valid boolean"),
-    ({"model.kind": "conv3d"}, "f: model.kind: 'conv3d': input should be 'conv2d'"),
+    ({"model.kind": "conv3d"}, "f: model.kind: 'conv3d': input should be 'conv2d', 'conv1d', 'resnet1d' or 'custom'"),
+    ({"model.kind": "conv1d"}, "f: model.kind: 'conv1d' takes splats (data.source splats), and data.source is "
+                               "'layouts'"),
+    ({"data.source": "splats"}, "f: model.kind: 'conv2d' takes images, and data.source is 'splats': conv1d and resnet1d"
+                                " take splats"),
+    ({"model.kind": "conv1d", "data.source": "splats", "data.splats": 500},
+     "f: data.splats: 500 is not divisible by 8, by which model.kind conv1d shortens the sequence"),
+    ({"model.kind": "resnet1d", "data.source": "splats", "loss.segmentation": 0.1},
+     "f: model.heads: ['rgb', 'segmentation']: model.kind resnet1d has rgb alone, and no loss.segmentation"),
+    ({"loss.splats": 1.0}, "f: loss.splats: 1: model.kind 'conv2d' gives no splats"),
+    ({"model.kind": "conv1d", "data.source": "splats", "model.encoder_filters": [8, 8]},
+     "f: model.dropout_rates: [0.1, 0.15, 0.2]: should be one for each of model.encoder_filters [8, 8]"),
+    ({"model.kind": "custom"}, "f: model.target: kind 'custom' needs it"),
+    ({"loss.custom": [{"target": "a:mse"}]}, "f: loss.custom: 'mse': there is another term of that name"),
+    ({"loss.custom": [{"target": "a:b", "wieght": 1}]}, "f: unknown key 'loss.custom.0.wieght' (did you mean 'weight'"),
     ({"model.heads": "rgb"}, "f: model.heads: 'rgb': should be a list"),
     ({"model.heads": ["segmentation"]}, "f: model.heads: ['segmentation']: lacks 'rgb'"),
     ({"model.heads": ["rgb", "rgb"]}, "f: model.heads: ['rgb', 'rgb']: names a head twice"),
@@ -320,7 +366,7 @@ def test_heads_that_the_data_cannot_serve_are_refused_with_what_drops_them():
     assert first == ("loss.segmentation: 0.05: the segmentation head needs segmentation classes (data.palette), and the"
                      " data has none; without the head: loss.segmentation=0 and 'segmentation' left out of model.heads")
     assert "model.heads" in second and "has 1" in second
-    for monitor in ("val/kl", "val/log_sigma", "val/palette_miou", "val/segmentation_miou",
+    for monitor in ("val/kl", "val/log_sigma", "val/palette_miou", "val/rot_fvu", "val/segmentation_miou",
                     "val/classification_accuracy"):
         with pytest.raises(InputError, match=f"train.monitor: '{monitor}' is reported only with"):
             check_heads(make_config({"train.monitor": monitor}, "test"), classes=0, labels=0)

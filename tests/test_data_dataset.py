@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from autoenc.config import DataConfig
 from autoenc.data import Dataset, cached, check, prepare
 from autoenc.errors import InputError
+from autoenc.settings import DataConfig
 
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -182,6 +182,12 @@ def test_shares_are_those_asked_for():
             assert abs(len(indices) / 1500 - share) < 0.05
         if split[2] == 0:
             assert len(dataset.splits["test"]) == 0
+
+
+def test_generated_layouts_keep_their_fingerprint():
+    """Stored results hang on it. Where it should change, FORMAT or layouts.VERSION is raised."""
+    dataset = prepare(DataConfig(image_size=16, limit=50, seed=3))
+    assert dataset.fingerprint == "0c00ec9fdf7024f4f8c2fed48c7b615300cef1cb09caee562cc77d071d9d5eb1"
 
 
 def test_too_few_items_for_the_split(tmp_path):

@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from autoenc.config import DataConfig
 from autoenc.data import IGNORED, Dataset, check, prepare
 from autoenc.data.palette import Palette
 from autoenc.errors import InputError
+from autoenc.settings import DataConfig
 
 RED, GREEN, PAPER = (200, 0, 0), (0, 200, 0), (240, 240, 240)
 PALETTE = {"red": {"rgb": list(RED), "class_index": 1}, "green": {"rgb": list(GREEN), "class_index": 0},

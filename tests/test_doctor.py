@@ -47,7 +47,7 @@ def trained(name: str) -> SimpleNamespace:
     *_, last = train(config, DATASET)
     model = build_model(config, DATASET)
     model.load_state_dict(last.state()["model"])
-    found = posterior_figures(model.eval(), DATASET.images, DATASET.splits["val"])
+    found = posterior_figures(model.eval(), DATASET, DATASET.splits["val"])
     return SimpleNamespace(model=model, row={**last.metrics, **found})
 
 
@@ -91,12 +91,12 @@ def test_figures_against_their_definitions():
 def test_every_image_gets_another_ones_latent_and_no_more_images_than_are_needed(monkeypatch):
     monkeypatch.setattr("autoenc.evaluation.posterior.MOST_IMAGES", 5)
     model, every = trained("healthy").model, np.arange(len(DATASET.images))
-    few = posterior_figures(model, DATASET.images, every)
-    assert few == posterior_figures(model, DATASET.images, every) != posterior_figures(
-        model, DATASET.images, every, seed=7)
-    alone = posterior_figures(model, DATASET.images, every[:1])
+    few = posterior_figures(model, DATASET, every)
+    assert few == posterior_figures(model, DATASET, every) != posterior_figures(
+        model, DATASET, every, seed=7)
+    alone = posterior_figures(model, DATASET, every[:1])
     assert math.isnan(alone["latent/mse_shuffled"]) and alone["latent/mse_own"] > 0
-    twins = np.repeat(DATASET.images[:1], 4, axis=0)
+    twins = replace(DATASET, images=np.repeat(DATASET.images[:1], 4, axis=0))
     same = posterior_figures(model, twins, np.arange(4))
     assert same["latent/mse_shuffled"] == pytest.approx(same["latent/mse_own"])
 

@@ -22,7 +22,7 @@ from autoenc.evaluation.interpolation import interpolate
 from autoenc.evaluation.pictures import reconstructions
 from autoenc.latents import latent_statistics
 from autoenc.metrics import smoothness, to_unit
-from autoenc.model import Autoencoder
+from autoenc.model.conv2d import ConvAutoencoder
 from autoenc.train import train
 
 torch.set_num_threads(1)
@@ -155,7 +155,7 @@ def test_shuffled_latents_decode_to_other_images():
 
 # Interpolation and cost -----------------------------------------------------------------------------------------------
 
-class Line(Autoencoder):
+class Line(ConvAutoencoder):
     """Encodes to brightness; decodes that, bent by a function that a test chooses."""
 
     bend = staticmethod(lambda value: value)

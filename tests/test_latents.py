@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from autoenc.latents import latent_statistics
 from autoenc.metrics import to_unit
 from autoenc.model import Autoencoder
+from autoenc.model.conv2d import ConvAutoencoder
 
 torch.set_num_threads(1)
 
@@ -17,10 +18,10 @@ IMAGES = small_dataset(60).images
 
 
 def build(**settings) -> Autoencoder:
-    return Autoencoder(small_config(**settings), classes=0, labels=0, seed=3).eval()
+    return ConvAutoencoder(small_config(**settings), classes=0, labels=0, seed=3).eval()
 
 
-class Pixels(Autoencoder):
+class Pixels(ConvAutoencoder):
     """Encodes to its images, moved and stretched: latents of any offset whose values a test knows."""
 
     offset, scale = 0.0, 1.0

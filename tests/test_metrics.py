@@ -15,6 +15,7 @@ from autoenc import metrics
 from autoenc.batches import Batches
 from autoenc.checkpoint import build_model
 from autoenc.model import Autoencoder
+from autoenc.model.conv2d import ConvAutoencoder
 
 torch.set_num_threads(1)
 
@@ -91,7 +92,7 @@ def measure(model: Autoencoder, dataset, batch_size: int, weights=None) -> dict[
             encoded = model.encode(batch["images"])
             outputs = model.decode(encoded["latent"])
             # A "draw" that doesn't depend on the batch, so that results don't either.
-            sampled = model.decode(encoded["mu"] + 0.1)["rgb"] if "mu" in encoded else None
+            sampled = model.decode(encoded["mu"] + 0.1) if "mu" in encoded else None
             split.update(batch, encoded, outputs, sampled)
     return split.compute(weights or model.config.loss_weights, elements=3 * 16 * 16)
 
@@ -154,7 +155,7 @@ def test_without_valid_pixels_and_labels_figures_are_undefined_and_the_loss_is_n
     assert found["loss"] == pytest.approx(found["mse"]) and found["palette_classes"] == 0
 
 
-class Line(Autoencoder):
+class Line(ConvAutoencoder):
     """Decodes to brightness, by a function of the latent's mean that a test chooses."""
 
     bend = staticmethod(lambda value: value)

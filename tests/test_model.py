@@ -8,13 +8,14 @@ from helpers import small_config
 from torch import nn
 
 from autoenc.errors import InputError
-from autoenc.model import Autoencoder, BatchNorm, count_parameters, derived_seed, draw, level_channels
+from autoenc.model import Autoencoder, count_parameters, derived_seed, draw, level_channels
+from autoenc.model.conv2d import BatchNorm, ConvAutoencoder
 
 torch.set_num_threads(1)
 
 
 def build(seed: int = 1, *, classes: int = 4, labels: int = 3, **settings) -> Autoencoder:
-    return Autoencoder(small_config(**settings), classes=classes, labels=labels, seed=seed)
+    return ConvAutoencoder(small_config(**settings), classes=classes, labels=labels, seed=seed)
 
 
 def images(count: int = 2, size: int = 16) -> torch.Tensor:

@@ -123,7 +123,8 @@ def test_figures_and_their_names():
     metrics = run(VAE)[0][0].metrics
     known = set(figures.MODES) | {"val/palette_classes", "val/segmentation_classes"}
     assert set(metrics) <= known
-    assert set(figures.MONITORED) - {"val/log_sigma"} <= set(metrics)
+    elsewhere = {"val/log_sigma", "val/splats", *(f"val/{name}" for name in figures.OF_SPLATS)}
+    assert set(figures.MONITORED) - elsewhere == set(metrics) & set(figures.MONITORED)
     assert metrics["beta"] == 1e-3 and metrics["latent_size"] == 2 * 4 * 4
     for split in ("train", "val"):
         terms = {"mse": 1.0, "l1": 0.2, "segmentation_ce": 0.1, "classification_ce": 0.05, "kl": 1e-3}
@@ -133,6 +134,28 @@ def test_figures_and_their_names():
             768 / 2 * math.log(2 * math.pi * math.e * metrics[f"{split}/mse_sampled"]) + metrics[f"{split}/kl_nats"])
     plain = run(PLAIN)[0][0].metrics
     assert "beta" not in plain and "val/kl" not in plain and "val/palette_miou" in plain
+
+
+def test_figures_of_splats_and_their_names():
+    dataset = small_dataset(splats=32)
+    splats = {"data__source": "splats", "data__splats": 32, "model__kind": "conv1d", "model__latent_dim": 6,
+              "model__variational": True, "loss__mse": 0.0, "loss__splats": 1.0, "loss__kl": 1e-3}
+    metrics = run(splats, dataset)[0][0].metrics
+    known = {"val/splats", "train/splats", "val/mse", "val/psnr", "val/ssim", "val/mse_sampled", "val/kl_nats",
+             "val/nelbo", "train/nelbo", "latent/active_units", *(f"val/{name}" for name in figures.OF_SPLATS)}
+    assert known <= set(metrics) <= set(figures.MODES)
+    assert "train/mse" not in metrics and metrics["latent_size"] == 6
+    for split in ("train", "val"):
+        assert metrics[f"{split}/loss"] == pytest.approx(metrics[f"{split}/splats"] + 1e-3 * metrics[f"{split}/kl"])
+    calibrated = run({**splats, "loss__optimal_variance": True, "loss__kl": 1.0, "train__epochs": 1},
+                     dataset)[0][0].metrics
+    elements = 32 * 8
+    bound = (calibrated["train/nelbo"] / elements) - 0.5 * math.log(2 * math.pi)       # per number, as it is minimised
+    assert calibrated["train/loss"] == pytest.approx(bound, rel=1e-4)
+    # Rendered, the images weigh in as well, and training reports their error.
+    rendered = run({**splats, "loss__mse": 0.5, "train__epochs": 1}, dataset)[0][0].metrics
+    assert rendered["train/loss"] == pytest.approx(
+        rendered["train/splats"] + 0.5 * rendered["train/mse"] + 1e-3 * rendered["train/kl"])
 
 
 def test_train_figures_are_those_of_the_steps():

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from autoenc.config import load_config
-from autoenc.data import SPLITS, Dataset, prepare
+from autoenc.config import Config, load_config
+from autoenc.data import SPLITS, Dataset, originals, prepare
+from autoenc.data.summary import STATISTICS, fit_psnr, latent_pca, splat_statistics
 from autoenc.errors import InputError, command
 from autoenc.files import write_atomic
 
@@ -21,7 +23,8 @@ MAGENTA = (255, 0, 255)      # ignored pixels in the contact sheet
 def main(arguments: list[str]) -> int:
     """Print counts and tables, write a contact sheet. Raises :class:`InputError`."""
     parser = argparse.ArgumentParser(prog="python -m autoenc.data", description="What the data of a configuration "
-                                     "looks like: counts, duplicates, classes, labels, and a contact sheet.")
+                                     "looks like: counts, duplicates, classes, labels, splats, what a PCA keeps of it, "
+                                     "and a contact sheet.")
     parser.add_argument("config", metavar="CONFIG.yaml", help="a best_config.yaml, or any configuration")
     parser.add_argument("--output", metavar="FILE.png", default="data_contact_sheet.png",
                         help="the contact sheet (default: %(default)s)")
@@ -33,17 +36,49 @@ def main(arguments: list[str]) -> int:
         raise InputError(f"--output: {output}: there is no folder {output.absolute().parent}")
     if output.is_dir():
         raise InputError(f"--output: {output}: is a folder")
-    data = load_config(options.config).data
+    config = load_config(options.config)
+    data = config.data
     dataset = prepare(data)
+    shown = _spread(dataset)
+    fitted = originals(data, shown)
     describe(dataset, data.source if data.manifest is None else f"{data.source} {data.manifest}")
+    if fitted is not None:
+        print(f"\nrendered splats against the images that they were fitted to, {len(shown)} of the training part: "
+              f"PSNR {fit_psnr(fitted, dataset.images[shown]):.1f} dB")
+    print("\n" + pca_words(dataset, config))
     try:
-        write_atomic(output, lambda file: contact_sheet(dataset).save(file, format="PNG"))
+        write_atomic(output, lambda file: contact_sheet(dataset, shown, fitted).save(file, format="PNG"))
     except OSError as error:
         raise InputError(f"--output: {output}: cannot be written: {error.strerror}") from None
-    below = ", each above its classes" if dataset.segmentation is not None else ""
-    print(f"\ncontact sheet: {output} (images of the training part{below}"
-          f"{'; ignored pixels magenta' if dataset.ignored else ''})")
+    what = "images of the training part"
+    if dataset.segmentation is not None:
+        what += ", each above its classes" + ("; ignored pixels magenta" if dataset.ignored else "")
+    elif dataset.splats is not None:
+        what = "rendered splats of the training part" if fitted is None else what + ", each above its rendered splats"
+    print(f"\ncontact sheet: {output} ({what})")
     return 0
+
+
+def pca_words(dataset: Dataset, config: Config) -> str:
+    """What a PCA at the latent's size keeps of the data."""
+    if config.latent_shape is None:
+        return f"PCA: none, since the size of the latent is not known with model.kind {config.model.kind}"
+    found = latent_pca(dataset, config)
+    if found is None:
+        return "PCA: none, since there is but one training item"
+    size, things = math.prod(config.latent_shape), "images" if dataset.splats is None else "sets of splats"
+    many = "as many as the latent has" if found.components == size else \
+        f"all that {found.fitted_on:,} {things} give (the latent has {size:,})"
+    words = (f"PCA: {found.components:,} of {found.numbers:,} dimensions, {many},\nkeep {_share(found.val)} of the "
+             f"variance of held-out {things} ({_share(found.train)} of the {found.fitted_on:,} it was fitted to)")
+    if dataset.splats is not None:
+        words += (f",\nin columns of model.splat_target {config.model.splat_target}, each normalised; of independent "
+                  f"random splats they would keep {_share(found.components / found.numbers)}")
+    return words
+
+
+def _share(value: float) -> str:
+    return "an undefined share" if math.isnan(value) else f"{value:.1%}"
 
 
 def describe(dataset: Dataset, source: str) -> None:
@@ -54,7 +89,9 @@ def describe(dataset: Dataset, source: str) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     count, height, width = dataset.images.shape[:3]
-    console.print(f"{source}: {count:,} images of {width}×{height} pixels", markup=False)
+    of_splats = "" if dataset.splats is None else f"{dataset.splats.shape[1]:,} splats each, rendered as "
+    console.print(f"{source}: {count:,} {'items, ' if of_splats else ''}{of_splats}images of {width}×{height} pixels",
+                  markup=False)
     console.print(f"exact duplicates: {dataset.duplicates:,} ({dataset.duplicates / count:.1%}), "
                   "each in the same part of the split as its twin")
     if dataset.segmentation is not None:
@@ -81,6 +118,11 @@ def describe(dataset: Dataset, source: str) -> None:
         if any(part[0] for part in counts):
             rows.append(("(none)", [f"{part[0]:,}" for part in counts]))
         table("label (images)", rows)
+    if dataset.splats is not None:
+        found = [splat_statistics(dataset.splats, dataset.splits[split]) for split in SPLITS]
+        table("splats (mean ± deviation)", [
+            (name, ["–" if math.isnan(mean[k]) else f"{mean[k]:.3f} ± {deviation[k]:.3f}" for mean, deviation in found])
+            for k, name in enumerate(STATISTICS)])
 
 
 def _shares(dataset: Dataset, split: str) -> np.ndarray:
@@ -92,13 +134,18 @@ def _shares(dataset: Dataset, split: str) -> np.ndarray:
     return counts / max(1, counts.sum())
 
 
-def contact_sheet(dataset: Dataset) -> Image.Image:
-    """Up to 32 training images, evenly spaced over the split; below each its classes in their colours."""
+def _spread(dataset: Dataset) -> np.ndarray:
+    """Up to 32 training items, evenly spaced over the split."""
     indices = dataset.splits["train"]
-    indices = indices[np.unique(np.linspace(0, len(indices) - 1, COLUMNS * ROWS).astype(int))]
+    return indices[np.unique(np.linspace(0, len(indices) - 1, COLUMNS * ROWS).astype(int))]
+
+
+def contact_sheet(dataset: Dataset, indices: np.ndarray, fitted: np.ndarray | None = None) -> Image.Image:
+    """Images of these items; below each its classes in their colours, or above it the one that its splats were fitted
+    to, of ``fitted``, uint8 (n, H, W, 3)."""
     size = dataset.images.shape[1]
     cell = size * max(1, 128 // size) if size <= 256 else 256
-    parts = 1 if dataset.segmentation is None else 2
+    parts = 1 if dataset.segmentation is None and fitted is None else 2
     columns = min(COLUMNS, len(indices))
     rows = -(-len(indices) // columns)
     tall = parts * cell + GAP
@@ -108,13 +155,17 @@ def contact_sheet(dataset: Dataset) -> Image.Image:
         colours = np.empty((256, 3), dtype=np.uint8)
         colours[:] = MAGENTA
         colours[:len(dataset.palette)] = dataset.palette
+    shrink = Image.Resampling.BOX if size > cell else Image.Resampling.NEAREST
     for k, index in enumerate(indices):
         left, top = GAP + k % columns * (cell + GAP), GAP + k // columns * (tall + GAP)
-        shrink = Image.Resampling.BOX if size > cell else Image.Resampling.NEAREST
-        sheet.paste(Image.fromarray(np.asarray(dataset.images[index])).resize((cell, cell), shrink), (left, top))
+        stack = [(dataset.images[index], shrink)]
+        if fitted is not None:
+            stack.insert(0, (fitted[k], shrink))
         if colours is not None:
-            classes = Image.fromarray(colours[dataset.segmentation[index]])
-            sheet.paste(classes.resize((cell, cell), Image.Resampling.NEAREST), (left, top + cell + 1))
+            stack.append((colours[dataset.segmentation[index]], Image.Resampling.NEAREST))
+        for below, (pixels, resample) in enumerate(stack):
+            picture = Image.fromarray(np.asarray(pixels)).resize((cell, cell), resample)
+            sheet.paste(picture, (left, top + below * (cell + 1)))
     return sheet
 
 

@@ -103,8 +103,11 @@ def workers(size: int, file_bytes: float) -> int:
     Pillow and numpy let go of the interpreter only while they unpack and scale: threads halve the time of photos
     or 512 px class maps on two cores, and double that of a 64 px icon.
     """
-    if size < 256 and file_bytes < 50_000:
-        return 1
+    return 1 if size < 256 and file_bytes < 50_000 else cores()
+
+
+def cores() -> int:
+    """Processors that this process may use, 8 at most."""
     try:
         return min(8, len(os.sched_getaffinity(0)))
     except AttributeError:      # not on macOS

@@ -1,4 +1,4 @@
-"""Which image files a manifest or a folder names, with their labels. Reads no image."""
+"""Which files a manifest or a folder names, of images or of splats, with their labels. Reads none of them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from autoenc.checks import shown
-from autoenc.config import DataConfig
 from autoenc.data.images import EXTENSIONS
 from autoenc.errors import InputError, did_you_mean
+from autoenc.settings import DataConfig
 
+SPLATS = ".npz"
 FEWEST = 3            # items, one for each part of the split
 _SHOWN = 10           # problems told one by one
 _TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
@@ -38,6 +39,8 @@ class Listing:
     where: str
     items: list[Item] = field(default_factory=list)
     problems: list[tuple[int, str]] = field(default_factory=list)
+    holds: str = "image"
+    """what one of them is called"""
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -49,25 +52,31 @@ class Listing:
             return
         lines = [text for _, text in sorted(self.problems)]
         more = [f"  and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-        what = "1 image" if len(lines) == 1 else f"{len(lines)} images"
+        what = f"1 {self.holds}" if len(lines) == 1 else f"{len(lines)} {self.holds}s"
         raise InputError("\n".join([f"{self.where}: {what} cannot be used:",
                                     *(f"  {line}" for line in lines[:_SHOWN]), *more]))
 
 
 def read_listing(data: DataConfig) -> Listing:
-    """The files of ``data.manifest``, a CSV file or a folder by ``data.source``, after filters and limit.
+    """The files of ``data.manifest``, a CSV file or a folder by ``data.source`` (for splats by what is there), after
+    filters and limit.
 
     Raises :class:`InputError` where the manifest itself cannot be used; faults of single rows and files are
     in the listing's ``problems``.
     """
     where = Path(data.manifest).absolute()
     listing = Listing(str(where))
-    if data.source == "manifest":
-        folder, entries = where.parent, _manifest_entries(data, where, listing)
+    of_folder = data.source == "folder" or (data.source == "splats" and os.path.isdir(where))      # noqa: PTH112
+    if of_folder:
+        extensions = (*EXTENSIONS, SPLATS) if data.source == "splats" else EXTENSIONS
+        folder, entries = where, _folder_entries(where, extensions)
     else:
-        folder, entries = where, _folder_entries(where)
+        folder, entries = where.parent, _manifest_entries(data, where, listing)
+    if data.source == "splats":
+        _check_one_kind(where, entries, of_folder)
+        listing.holds = "file"
     entries = _limited(entries, data)
-    inside = None if data.allow_outside or data.source == "folder" else _Inside(folder)
+    inside = None if data.allow_outside or of_folder else _Inside(folder)
     for name, label, row in entries:
         position = row if row is not None else len(listing.items) + len(listing.problems)
         prefix = f"row {row}: " if row is not None else ""
@@ -86,8 +95,13 @@ def read_listing(data: DataConfig) -> Listing:
             said = "no such file" if missing else getattr(error, "strerror", None) or str(error)
             listing.problems.append((position, f"{prefix}{told(name)}: {said}"))
     if not listing.problems and len(listing.items) < FEWEST:
-        raise InputError(f"{where}: only {len(listing.items)} images to use; at least {FEWEST} are needed")
+        raise InputError(f"{where}: only {len(listing.items)} {listing.holds}s to use; at least {FEWEST} are needed")
     return listing
+
+
+def is_splats(name: str) -> bool:
+    """Whether a path is that of a file of splats, by its ending; others are of images."""
+    return name.lower().endswith(SPLATS)
 
 
 def told(name: str) -> str:
@@ -187,8 +201,19 @@ def _equal(cell: str, value: str | bool | int | float | None) -> bool:
         return False
 
 
-def _folder_entries(where: Path) -> list[Entry]:
-    """All images below a folder by path; the label is the sub-folder of the first level."""
+def _check_one_kind(where: Path, entries: Sequence[Entry], of_folder: bool) -> None:
+    names = [name for name, _, _ in entries if name.strip()]
+    files = [name for name in names if is_splats(name)]
+    if files and len(files) < len(names):
+        image = next(name for name in names if not is_splats(name))
+        way = "data.manifest should be a folder of one kind, or a CSV file that names one" if of_folder else \
+            "data.filters or another data.image_column can leave one kind out"
+        raise InputError(f"{where}: holds both splats ({len(files)} .npz files, the first {told(files[0])}) and images "
+                         f"to fit splats to ({len(names) - len(files)}, the first {told(image)}): {way}")
+
+
+def _folder_entries(where: Path, extensions: tuple[str, ...]) -> list[Entry]:
+    """All such files below a folder by path; the label is the sub-folder of the first level."""
     if not os.path.isdir(where):      # noqa: PTH112
         there = os.path.exists(where)      # noqa: PTH110
         what = "a file; data.source: manifest reads one" if there else "no such folder"
@@ -198,11 +223,12 @@ def _folder_entries(where: Path) -> list[Entry]:
     for folder, folders, files in os.walk(where, onerror=unreadable.append):
         folders[:] = [name for name in folders if not name.startswith(".")]
         names += [Path(folder, name).relative_to(where).as_posix() for name in files
-                  if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+                  if name.lower().endswith(extensions) and not name.startswith(".")]
     if unreadable:
         raise InputError("\n".join(f"{error.filename}: {error.strerror}" for error in unreadable))
     if not names:
-        raise InputError(f"{where}: no images there ({', '.join(EXTENSIONS)})")
+        what = "images or splats" if SPLATS in extensions else "images"
+        raise InputError(f"{where}: no {what} there ({', '.join(extensions)})")
     return [(name, name.split("/")[0] if "/" in name else None, None) for name in sorted(names)]
 
 

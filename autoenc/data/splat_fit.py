@@ -17,7 +17,7 @@ from autoenc.data.splat_targets import TARGETS
 from autoenc.data.splats import COUNT, curve_index
 from autoenc.render import EMPTY, gaussians, render
 
-VERSION = 1      # raise it with every change of what is fitted: cached splats and stored results hang on it
+# With every change of what is fitted, autoenc.data.splats.FITTING is raised.
 
 UNIFORM = 0.2            # share of the splats that is spread evenly, as in Image-GS (Zhang et al. 2025)
 MOST_DENSE = 1.0         # splats a pixel: more of them would show nothing that one does not
@@ -52,7 +52,7 @@ def fit(image: np.ndarray, count: int = COUNT, seed: int = 0) -> np.ndarray:
     width = WIDTH * np.clip(reach, 0.5 / size, 1.0)
     stretch = np.sqrt(1 + (LONGEST - 1) * straight)
     splats = np.column_stack((xy, width * stretch, width / stretch, along, np.zeros((count, 3)))).astype(np.float32)
-    with _one_thread():
+    with one_thread():
         splats[:, 5:] = _colours(splats, pixels.reshape(-1, 3), size)
     return splats
 
@@ -178,7 +178,7 @@ def _orientation(tensor: np.ndarray, xy: np.ndarray, size: int) -> tuple[np.ndar
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """An image is too little work for more: threads that wait for each other make it several times as slow on a busy
     machine. And sums come out the same with however many torch may use."""
     threads = torch.get_num_threads()

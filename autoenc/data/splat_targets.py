@@ -38,7 +38,7 @@ def longer_first(raw: Tensor) -> Tensor:
     """Raw splats (…, N, 8) with the longer axis first and the rotation, that of the longer axis, in [0, π): the form in
     which splats can be compared number by number."""
     swap = raw[..., 2:3] < raw[..., 3:4]
-    scale = torch.where(swap, raw[..., [3, 2]], raw[..., 2:4])
+    scale = torch.where(swap, raw[..., 2:4].flip(-1), raw[..., 2:4])
     angle = torch.where(swap, raw[..., 4:5] + math.pi / 2, raw[..., 4:5])
     return torch.cat((raw[..., :2], scale, _half_turn(angle), raw[..., 5:]), -1)
 
@@ -85,7 +85,7 @@ def _exp(log_scale: Tensor) -> Tensor:
 def _half_turn(angle: Tensor) -> Tensor:
     """An angle modulo π, in [0, π)."""
     angle = angle.remainder(math.pi)
-    return torch.where(angle < math.pi, angle, 0.0)      # of a tiny negative angle, rounding gives π itself
+    return torch.where(angle >= math.pi, 0.0, angle)      # of a tiny negative angle, rounding gives π itself
 
 
 def _angle(cosine: Tensor, sine: Tensor) -> Tensor:

@@ -20,6 +20,9 @@ import numpy as np
 from autoenc.data.images import BrokenImage
 from autoenc.errors import InputError, did_you_mean
 
+# Versions of autoenc.data.splat_fit and autoenc.render, here, where no torch is. Raise them with every change of what
+# those fit or render: cached splats and stored results hang on it.
+FITTING, RENDERING = 1, 1
 COUNT = 512                      # splats an image, where nothing else is said
 PARTS = {"xy": slice(0, 2), "scale": slice(2, 4), "rot": slice(4, 5), "feat": slice(5, 8)}
 COLUMNS = 8

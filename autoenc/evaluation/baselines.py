@@ -11,7 +11,7 @@ from torch import Tensor
 from autoenc.config import Config
 from autoenc.data import Dataset
 from autoenc.evaluation.splits import Figures, batch_size, batches_of, figures_of, of_outputs
-from autoenc.metrics import SplitFigures, to_unit
+from autoenc.metrics import SplitFigures, to_inputs
 from autoenc.model import Autoencoder, derived_seed
 
 PCA_BYTES = 512 * 2**20      # of training images as float32: 10,922 of 64 px; of larger or more a seeded choice
@@ -30,16 +30,19 @@ class Baselines:
     """(K, H, W): logarithm of each class's share at each pixel, Laplace's rule for what never occurred"""
     label_logits: Tensor | None
     """(L,): the same of the labels"""
+    mean: Tensor
+    """(D,): of what the components are of"""
     components: Tensor
-    """(k, 3 H W), orthonormal rows: the principal components of the images"""
+    """(k, D), orthonormal rows: the principal components of the images, D = 3 H W, or of splats' normalised columns,
+    D = N C"""
     fitted_on: int
     """images that the components come from"""
 
 
 @torch.inference_mode()
-def fit_baselines(dataset: Dataset, dimensions: int, device: torch.device) -> Baselines:
-    """Fit to the training split. ``dimensions``: of the PCA, as many as the latent has; fewer where there are not so
-    many images (less one) to fit it on."""
+def fit_baselines(model: Autoencoder, dataset: Dataset, dimensions: int, device: torch.device) -> Baselines:
+    """Fit to the training split, as the ``model`` normalises splats. ``dimensions``: of the PCA, as many as the latent
+    has; fewer where there are not so many images (less one) to fit it on."""
     train = dataset.splits["train"]
     chunks = [train[start:start + CHUNK] for start in range(0, len(train), CHUNK)]
     total = sum(dataset.images[rows].sum(0, dtype=np.int64) for rows in chunks)
@@ -55,21 +58,25 @@ def fit_baselines(dataset: Dataset, dimensions: int, device: torch.device) -> Ba
     most = max(2, PCA_BYTES // (4 * mean.numel()))
     if len(train) > most:
         train = np.sort(np.random.default_rng(derived_seed(0, "pca images")).choice(train, most, replace=False))
-    components = principal_components(_centred(dataset.images, train, device), dimensions)
-    return Baselines(mean.float().to(device), classes, labels, components, len(train))
+    rows = _rows(model, dataset, train, device)
+    centre = rows.mean(0)
+    components = principal_components(rows.sub_(centre), dimensions)
+    return Baselines(mean.float().to(device), classes, labels, centre, components, len(train))
 
 
 def _log_shares(counts: np.ndarray) -> Tensor:
     return torch.from_numpy(np.log((counts + 1) / (counts + 1).sum(0))).float()
 
 
-def _centred(images: np.ndarray, rows: np.ndarray, device: torch.device) -> Tensor:
-    """Images as rows (n, 3 H W) float32 in [-1, 1], less their mean; held once."""
-    flat = torch.empty(len(rows), images[0].size, device=device)
+def _rows(model: Autoencoder, dataset: Dataset, rows: np.ndarray, device: torch.device) -> Tensor:
+    """Images in [-1, 1], or splats' normalised columns, as rows (n, D) float32; held once."""
+    flat = torch.empty(len(rows), model.config.elements if model.takes == "splats" else dataset.images[0].size,
+                       device=device)
     for start in range(0, len(rows), CHUNK):
         part = rows[start:start + CHUNK]
-        flat[start:start + len(part)] = to_unit(images[part], device).flatten(1)
-    return flat.sub_(flat.mean(0))
+        inputs = to_inputs(dataset.inputs[part], device)
+        flat[start:start + len(part)] = (model.columns(inputs) if model.takes == "splats" else inputs).flatten(1)
+    return flat
 
 
 def principal_components(centred: Tensor, dimensions: int) -> Tensor:
@@ -95,9 +102,11 @@ def measure_baselines(model: Autoencoder, baselines: Baselines, dataset: Dataset
     """The figures of each baseline on a split, by its name: those of its outputs. The majority class is measured as a
     segmentation and, painted in the palette's colours, as an image's."""
     device = baselines.mean_image.device
-    constant, pca = (SplitFigures(model, dataset.palette if dataset.segmentation is not None else None)
-                     for _ in range(2))
+    constant, pca, mean = (SplitFigures(model, dataset.palette if dataset.segmentation is not None else None)
+                           for _ in range(3))
     pca.terms, constant.terms = ["mse", "l1"], ["mse", "l1"]
+    if model.takes == "splats":
+        pca.terms = mean.terms = ["mse", "l1", "splats"]
     constants = {"rgb": baselines.mean_image}
     for name, value in (("segmentation", baselines.class_logits), ("classification", baselines.label_logits)):
         if value is not None:
@@ -107,9 +116,13 @@ def measure_baselines(model: Autoencoder, baselines: Baselines, dataset: Dataset
         count = len(batch["images"])
         nothing = {"latent": torch.zeros(count, 1, 1, 1, device=device)}         # there is no latent to tell of
         constant.update(batch, nothing, {name: value.expand(count, *value.shape) for name, value in constants.items()})
-        pca.update(batch, nothing, {"rgb": project(baselines, batch["images"])})
-    elements = dataset.images[0].size
-    found = of_outputs(figures_of(constant, config, elements, dataset))
+        if model.takes == "splats":
+            columns = model.columns(batch["splats"])
+            pca.update(batch, nothing, model.outputs(project(baselines, columns)))
+            mean.update(batch, nothing, model.outputs(baselines.mean.view(columns.shape[1:]).expand_as(columns)))
+        else:
+            pca.update(batch, nothing, {"rgb": project(baselines, batch["images"]).clamp(-1, 1)})
+    found = of_outputs(figures_of(constant, config, dataset))
     parts = {kind: {name: value for name, value in found.items() if name.startswith(kind)}
              for kind in ("segmentation", "classification")}
     rgb = {name: value for name, value in found.items() if not name.startswith(tuple(parts))}
@@ -120,11 +133,12 @@ def measure_baselines(model: Autoencoder, baselines: Baselines, dataset: Dataset
             for name in ("segmentation_miou", "segmentation_classes", "segmentation_iou")}
     if parts["classification"]:
         result["majority_label"] = parts["classification"]
-    return result | {"pca": of_outputs(figures_of(pca, config, elements, dataset))}
+    if model.takes == "splats":
+        result["mean_splats"] = of_outputs(figures_of(mean, config, dataset))
+    return result | {"pca": of_outputs(figures_of(pca, config, dataset))}
 
 
-def project(baselines: Baselines, images: Tensor) -> Tensor:
-    """Images (B, 3, H, W) through the principal components and back, within [-1, 1] as a model's are."""
-    flat = (images - baselines.mean_image).flatten(1)
-    codes = flat @ baselines.components.T
-    return (baselines.mean_image + (codes @ baselines.components).view(images.shape)).clamp(-1, 1)
+def project(baselines: Baselines, rows: Tensor) -> Tensor:
+    """Images (B, 3, H, W), or columns (B, N, C), through the principal components and back."""
+    codes = (rows.flatten(1) - baselines.mean) @ baselines.components.T
+    return (baselines.mean + codes @ baselines.components).view(rows.shape)

@@ -74,10 +74,19 @@ def device_name(device: torch.device) -> str:
 def _works(model: Autoencoder, image_size: int, count: int) -> dict[str, Callable[[], Any]]:
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
-    images = torch.rand(count, 3, image_size, image_size, device=device, generator=generator) * 2 - 1
+    inputs = _random_inputs(model, image_size, count, generator)
     with torch.no_grad():
-        latent = model.encode(images, generator)["latent"]
-    return {"encode": lambda: model.encode(images, generator), "decode": lambda: model.decode(latent, heads=("rgb",))}
+        latent = model.encode(inputs, generator)["latent"]
+    return {"encode": lambda: model.encode(inputs, generator), "decode": lambda: model.decode(latent, heads=("rgb",))}
+
+
+def _random_inputs(model: Autoencoder, image_size: int, count: int, generator: torch.Generator) -> torch.Tensor:
+    """Images within [-1, 1], or splats: small and round ones all over."""
+    shape = (count, model.config.data.splats, 8) if model.takes == "splats" else (count, 3, image_size, image_size)
+    values = torch.rand(shape, device=generator.device, generator=generator) * 2 - 1
+    if model.takes == "splats":
+        values[..., 2:4], values[..., 4] = 0.05, 0.0
+    return values
 
 
 def _timed(work: Callable[[], Any], device: torch.device, count: int, budget: float = SECONDS,

@@ -21,7 +21,7 @@ from autoenc.data import Dataset
 from autoenc.errors import InputError
 from autoenc.evaluation.pictures import write_picture
 from autoenc.files import remove_leftovers, write_atomic
-from autoenc.metrics import palette_colours, psnr, to_uint8, to_unit
+from autoenc.metrics import palette_colours, psnr, to_inputs, to_uint8, to_unit
 from autoenc.model import Autoencoder, derived_seed
 from autoenc.samples import predicted_classes
 
@@ -135,12 +135,13 @@ def _view(model: Autoencoder, dataset: Dataset, rows: np.ndarray) -> _View | Non
     model = model.to(memory_format=torch.channels_last if channels_last else torch.preserve_format)
     cell, size = _cell(dataset), dataset.images.shape[1]
     colours = None if dataset.segmentation is None else palette_colours(dataset.palette, device)
-    heads = [head for head in model.decoder.heads if head != "classification"]
+    heads = [head for head in model.config.heads if head != "classification"]
     batch = max(1, BATCH_PIXELS[device.type] // size**2)
     mse, rgb, classes, latents = [], [], [], []
     for indices in np.split(rows, range(batch, len(rows), batch)):
         images = to_unit(dataset.images[indices], device, channels_last)
-        latent = model.normalize(model.encoder(images)[0])
+        inputs = images if model.takes == "images" else to_inputs(dataset.inputs[indices], device)
+        latent = model.normalize(model.encoder(inputs)[0])
         outputs = model.decode(latent, heads)
         mse.append((outputs["rgb"] - images).square().double().mean((1, 2, 3)).cpu())
         rgb.append(to_uint8(_reduced(outputs["rgb"], cell)))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from autoenc.data import Dataset
 from autoenc.evaluation.splits import Figures
-from autoenc.metrics import to_unit
+from autoenc.metrics import to_inputs, to_unit
 from autoenc.model import Autoencoder, derived_seed
 
 PAIRS, POINTS = 64, 11
@@ -43,7 +43,7 @@ def interpolate(model: Autoencoder, dataset: Dataset, split: str, spread: Tensor
     device = next(model.parameters()).device
     rng = np.random.default_rng(derived_seed(SEED, "smoothness"))
     pairs = [rows[rng.choice(len(rows), size=2, replace=False)] for _ in range(PAIRS)] if len(rows) > 1 else []
-    steps = torch.linspace(0, 1, POINTS, device=device)[:, None, None, None]
+    steps = torch.linspace(0, 1, POINTS, device=device)
     unit = spread.square().mean().sqrt().item()
     generator = torch.Generator(device)               # draws of a VAE, of which the means are taken
     found: dict[str, list[Tensor]] = {"path": [], "largest_step": [], "cycle_error": [], "cycle_error_ends": []}
@@ -51,20 +51,20 @@ def interpolate(model: Autoencoder, dataset: Dataset, split: str, spread: Tensor
     at_once = max(1, batch // POINTS)
     for start in range(0, len(pairs), at_once):
         several = np.stack(pairs[start:start + at_once])
-        images = to_unit(dataset.images[several.ravel()], device)
-        first, last = model.mean_latent(model.encode(images, generator)).unflatten(0, (-1, 2)).unbind(1)
-        points = first[:, None] + steps * (last - first)[:, None]
-        rgb = model.decode(points.flatten(0, 1), heads=("rgb",))["rgb"]
-        again = model.mean_latent(model.encode(rgb, generator)).unflatten(0, (-1, POINTS))
-        rgb = rgb.unflatten(0, (-1, POINTS))
+        inputs = to_inputs(dataset.inputs[several.ravel()], device)
+        first, last = model.mean_latent(model.encode(inputs, generator)).unflatten(0, (-1, 2)).unbind(1)
+        points = first[:, None] + steps.view(-1, *[1] * (first.dim() - 1)) * (last - first)[:, None]
+        outputs = model.decode(points.flatten(0, 1), heads={"rgb": None, model.gives: None})
+        again = model.mean_latent(model.encode(outputs[model.gives], generator)).unflatten(0, (-1, POINTS))
+        rgb = outputs["rgb"].unflatten(0, (-1, POINTS))
         lengths = (rgb[:, 1:] - rgb[:, :-1]).double().flatten(2).norm(dim=2)
         found["path"].append(lengths.sum(1) / (rgb[:, -1] - rgb[:, 0]).double().flatten(1).norm(dim=1))
         found["largest_step"].append(lengths.amax(1) / lengths.mean(1))
-        squares = (again - points).double().square().mean((2, 3, 4))
+        squares = (again - points).double().square().flatten(2).mean(2)
         found["cycle_error"].append(squares.mean(1).sqrt() / unit)
         found["cycle_error_ends"].append(squares[:, [0, -1]].mean(1).sqrt() / unit)
         if start < SHOWN:
-            ends.append(images.unflatten(0, (-1, 2)))
+            ends.append(to_unit(dataset.images[several.ravel()], device).unflatten(0, (-1, 2)))
             decoded.append(rgb)
     if not pairs:
         empty = torch.zeros(0, 0, *dataset.images[0].transpose(2, 0, 1).shape)

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from autoenc.data import Dataset
 from autoenc.evaluation.interpolation import Interpolation
 from autoenc.files import write_atomic
-from autoenc.metrics import psnr, to_uint8, to_unit
+from autoenc.metrics import psnr, to_inputs, to_uint8, to_unit
 from autoenc.model import Autoencoder
 from autoenc.samples import sample_picture
 
@@ -30,7 +30,8 @@ def reconstructions(model: Autoencoder, dataset: Dataset, split: str, errors: np
     parts = []
     for name, chosen in (("best", order[:count]), ("typical", order[middle:middle + count]),
                          ("worst", order[len(order) - count:])):
-        picture = sample_picture(model, to_unit(dataset.images[rows[chosen]], device),
+        picture = sample_picture(model, to_inputs(dataset.inputs[rows[chosen]], device),
+                                 to_unit(dataset.images[rows[chosen]], device),
                                  dataset.palette if dataset.segmentation is not None else None)
         low, high = errors[chosen[0]], errors[chosen[-1]]
         title = f"{name} of {len(order)}: MSE {low:.4g} to {high:.4g} ({psnr(low):.1f} to {psnr(high):.1f} dB)"

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autoenc.data import Dataset
 from autoenc.doctor import COLLAPSED_NATS
 from autoenc.losses import Tensors
-from autoenc.metrics import Means, to_unit
+from autoenc.metrics import Means, to_inputs, to_unit
 from autoenc.model import Autoencoder, derived_seed
 from autoenc.table import Row
 
@@ -26,20 +27,19 @@ def kl_of_dimensions(encoded: Tensors) -> Tensor:
 
 
 @torch.inference_mode()
-def posterior_figures(model: Autoencoder, images: np.ndarray, indices: np.ndarray, seed: int = 42) -> Row:
+def posterior_figures(model: Autoencoder, dataset: Dataset, indices: np.ndarray, seed: int = 42) -> Row:
     """The figures ``latent/kl_dead``, ``latent/mse_own``, ``latent/mse_shuffled`` and ``latent/mse_prior`` of a VAE.
 
-    ``images``: uint8 (N, H, W, 3), of which ``indices`` are looked at, 1,024 of them drawn by the seed where there are
-    more. Errors are mean squared ones, images in [-1, 1]: of what is decoded from the posterior's mean of an image,
-    from that of another image (around a seeded circle of them all), from a draw of N(0, I). Of one image alone the
-    second is NaN.
+    Of the data, ``indices`` are looked at, 1,024 of them drawn by the seed where there are more. Errors are mean
+    squared ones, images in [-1, 1]: of what is decoded from the posterior's mean of an image, from that of another
+    image (around a seeded circle of them all), from a draw of N(0, I). Of one image alone the second is NaN.
     """
     device = next(model.parameters()).device
     order = np.random.default_rng(derived_seed(seed, "posterior")).permutation(indices)[:MOST_IMAGES]
     generator = torch.Generator(device).manual_seed(derived_seed(seed, "posterior"))
     divergence, latents, means = None, [], Means()
     for rows in _batches(order):
-        encoded = model.encode(to_unit(images[rows], device), generator)
+        encoded = model.encode(to_inputs(dataset.inputs[rows], device), generator)
         summed = kl_of_dimensions(encoded).sum(0)
         divergence = summed if divergence is None else divergence + summed
         latents.append(encoded["mu"])
@@ -48,7 +48,7 @@ def posterior_figures(model: Autoencoder, images: np.ndarray, indices: np.ndarra
                       ("prior", torch.randn(own.shape, generator=generator, device=device))):
         for start, rows in zip(range(0, len(order), BATCH), _batches(order), strict=True):
             decoded = model.decode(model.normalize(raw[start:start + BATCH]), heads=("rgb",))["rgb"]
-            means.add(name, (decoded - to_unit(images[rows], device)).square().mean(), len(rows))
+            means.add(name, (decoded - to_unit(dataset.images[rows], device)).square().mean(), len(rows))
     found = {f"latent/mse_{name}": value for name, value in means.values().items()}
     if len(order) < 2:
         found["latent/mse_shuffled"] = math.nan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,9 @@ from autoenc.batches import Batches
 from autoenc.config import Config
 from autoenc.data import Dataset
 from autoenc.latents import LatentStatistics
-from autoenc.metrics import SplitFigures, class_iou
+from autoenc.metrics import SplitFigures, class_iou, to_inputs
 from autoenc.model import Autoencoder, derived_seed, draw
+from autoenc.settings import HEADS
 from autoenc.train import EVALUATION_BATCH
 
 Figures = dict[str, Any]
@@ -56,26 +58,25 @@ def measure_split(model: Autoencoder, dataset: Dataset, split: str, config: Conf
     other, errors = _others(len(batches)), []
     for positions in np.split(np.arange(len(batches)), range(batch_size(config), len(batches), batch_size(config))):
         batch = batches.take(positions)
-        encoded = model.encode(batch["images"], noise)
-        outputs = model.decode(model.mean_latent(encoded), heads)
+        encoded = model.encode(batch[model.takes], noise)
+        outputs = model.decode(model.mean_latent(encoded), model.measured_outputs or heads)
         sampled = None
         if "logvar" in encoded:
             drawn = draw(encoded["mu"], encoded["logvar"], noise)
-            sampled = model.decode(model.normalize(drawn), heads=("rgb",))["rgb"]
+            sampled = model.decode(model.normalize(drawn), heads=model.drawn_outputs)
         own.update(batch, encoded, outputs, sampled)
         errors.append((outputs["rgb"] - batch["images"]).double().square().mean((1, 2, 3)))
         if len(batches) > 1:
             shuffled.update(batches.take(other[positions]), encoded, outputs)
-    elements = dataset.images[0].size
-    found = figures_of(own, config, elements, dataset)
+    found = figures_of(own, config, dataset)
     return SplitResult(found | ({"beta": config.loss.kl} if config.model.variational else {}),
-                       of_outputs(figures_of(shuffled, config, elements, dataset)) if len(batches) > 1 else {},
+                       of_outputs(figures_of(shuffled, config, dataset)) if len(batches) > 1 else {},
                        torch.cat(errors).cpu().numpy())
 
 
 def _accumulator(model: Autoencoder, dataset: Dataset, heads: list[str]) -> SplitFigures:
     accumulator = SplitFigures(model, dataset.palette if dataset.segmentation is not None else None)
-    accumulator.terms = ["mse", "l1", *(head for head in heads if head != "rgb")]
+    accumulator.terms = [term for term in accumulator.terms if term not in HEADS or term in heads]
     return accumulator
 
 
@@ -87,11 +88,13 @@ def _others(count: int) -> np.ndarray:
     return other
 
 
-def figures_of(measured: SplitFigures, config: Config, elements: int, dataset: Dataset) -> Figures:
+def figures_of(measured: SplitFigures, config: Config, dataset: Dataset) -> Figures:
     """The figures by name, and each class's IoU by its name. ``loss`` only where the data has all its terms."""
-    weights, terms = config.loss_weights, {*measured.means.sums, "standardization", "optimal_variance"}
+    weights, terms = config.loss_weights, {*measured.means.sums, "standardization"}
+    if measured.groups is None or measured.groups.splats:        # a baseline of splats has images alone
+        terms.add("optimal_variance")
     known = {name: weight for name, weight in weights.items() if name in terms}
-    found: Figures = measured.compute(known, elements)
+    found: Figures = measured.compute(known, config.elements)
     if known.keys() != weights.keys():
         del found["loss"]
     for name, confusion in measured.confusion.items():
@@ -102,8 +105,8 @@ def figures_of(measured: SplitFigures, config: Config, elements: int, dataset: D
 def of_outputs(found: Figures) -> Figures:
     """The figures that compare outputs with images; not those of latents, nor the loss, which is partly of them."""
     return {name: value for name, value in found.items()
-            if name.startswith(("mse", "l1", "psnr", "ssim", "palette", "segmentation", "classification"))
-            and name != "mse_sampled"}
+            if name.startswith(("mse", "l1", "psnr", "ssim", "palette", "segmentation", "classification", "splats",
+                                "xy_", "scale_", "rot_", "feat_")) and name != "mse_sampled"}
 
 
 def latent_figures(found: LatentStatistics) -> Figures:
@@ -115,10 +118,15 @@ def latent_figures(found: LatentStatistics) -> Figures:
             "count": found.count, "images": found.images}
 
 
-def latent_shape(model: Autoencoder, dataset: Dataset) -> tuple[int, int, int]:
-    """(C, h, w) of the latents of this data."""
-    size = dataset.images.shape[1]
-    probe = torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
+def latent_shape(model: Autoencoder, dataset: Dataset) -> tuple[int, ...]:
+    """(C, h, w) of the latents of this data, or (D,)."""
+    probe = to_inputs(dataset.inputs[:1].copy(), next(model.parameters()).device)
     with torch.inference_mode():
         latent: Tensor = model.mean_latent(model.encode(probe, torch.Generator(probe.device)))
     return tuple(latent.shape[1:])
+
+
+def shape_in_words(latent: Sequence[int]) -> str:
+    """A latent's shape [C, h, w] or [D], as people write it: height, width, channels; or the length."""
+    channels, *sides = latent
+    return "×".join(map(str, (*sides, channels)))

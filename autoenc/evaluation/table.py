@@ -14,7 +14,7 @@ from rich.text import Text
 from autoenc import figures
 
 SPLITS = ("val", "test")
-BASELINES = ("mean_image", "majority", "pca", "shuffled_latents")
+BASELINES = ("mean_image", "mean_splats", "majority", "pca", "shuffled_latents")
 NARROW = 120
 CHANNELS = 16                # of more the table shows the first ones
 WORKS = ("encode", "decode")
@@ -27,8 +27,8 @@ def print_tables(found: Mapping[str, Any]) -> None:
     beside = splits[-1]
     baselines = _baselines(found[beside]["baselines"])
     pca = found["baselines"]
-    titles = {"mean_image": "mean image", "majority": "majority", "pca": f"PCA {pca['pca_dimensions']}",
-              "shuffled_latents": "shuffled latents"}
+    titles = {"mean_image": "mean image", "mean_splats": "mean splats", "majority": "majority",
+              "pca": f"PCA {pca['pca_dimensions']}", "shuffled_latents": "shuffled latents"}
     names = [name for name in BASELINES if name in baselines]
     counts = found["data"]["images"]
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from autoenc.config import DataConfig
 from autoenc.interrupts import Deadline
 from autoenc.report.candidates import best_first, first_seeds
+from autoenc.settings import DataConfig
 from autoenc.sweep.race import Race
 
 MOST_ARMS = 24

@@ -6,6 +6,7 @@ Read from what the sweeps left (best_config.yaml, decision.json, events.jsonl); 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,11 +124,10 @@ def _tell(entry: Entry, winner: Winner) -> None:
     entry.latent = _latent_size(winner)
 
 
-def _latent_size(winner: Winner) -> int:
-    """Elements of the latent of an image, by the configuration's arithmetic."""
-    config = make_config(winner.settings, winner.sweep)
-    side = config.data.image_size // 2**config.model.downsampling_steps
-    return config.model.latent_channels * side**2
+def _latent_size(winner: Winner) -> int | None:
+    """Elements of the latent of an image, by the configuration's arithmetic, where that tells."""
+    shape = make_config(winner.settings, winner.sweep).latent_shape
+    return None if shape is None else math.prod(shape)
 
 
 def _direct(parents: Mapping[str, str], winners: Mapping[str, Winner]) -> str | None:

@@ -144,15 +144,16 @@ def _latents(race: Race, trial: Trial) -> Iterator[Remark]:
 def handoff(race: Race, trial: Trial, evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """What a latent diffusion model's configuration needs to know of a finished autoencoder."""
     config, name = trial.run.config, race.spec.export_name
-    side = config.data.image_size // 2**config.model.downsampling_steps
-    channels = config.model.latent_channels
+    channels, *sides = evaluation["model"]["latent"]
+    vector = not sides                               # one position, as a diffusion model of sequences takes it
+    height, width = sides or (1, 1)
     return {
         "checkpoint": f"{name}_checkpoint_best.pt", "weights": f"{name}_checkpoint_best.safetensors",
         "image": {"height": config.data.image_size, "width": config.data.image_size, "channels": 3},
-        "latent": {"height": side, "width": side, "channels": channels,
+        "latent": {**({"length": channels} if vector else {"height": height, "width": width, "channels": channels}),
                    "normalized": config.model.normalize_latents},
         "latents_mean": evaluation["latents_mean"], "latents_std": evaluation["latents_std"],
-        "unet": {"in_channels": channels, "out_channels": channels, "sample_size": side},
+        **({} if vector else {"unet": {"in_channels": channels, "out_channels": channels, "sample_size": width}}),
         "psnr": {split: (evaluation.get(split) or {}).get("psnr") for split in ("val", "test")},
         "latency": _latency(evaluation["cost"].get("speed") or {}),
     }

@@ -10,8 +10,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 
 from autoenc import figures
 from autoenc.checks import Conflict, describe
-from autoenc.config import Section
 from autoenc.errors import InputError, did_you_mean
+from autoenc.settings import Section
 
 
 def _share(value: Any) -> Any:

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from autoenc.config import Config
 from autoenc.errors import InputError
+from autoenc.settings import SPLAT_COLUMNS, SPLAT_ENTRY, SPLAT_HIDDEN, SPLAT_KERNEL
 from autoenc.sweep.decide import compounded, number
 from autoenc.sweep.final import Remark
 from autoenc.sweep.inherit import Candidate, Winner
@@ -92,7 +94,8 @@ def _budget(spec: Spec, arms: Sequence[Candidate], race: Race | None, slots: int
     sizes = [parameters(arm.config) for arm in arms]
     disk = (STATE_BYTES + WEIGHTS_BYTES) * spec.decision.repeats * (
         sum(sizes) + max(0, sampled) * max(sizes, default=0))
-    said.append(f"{megabytes(disk)} on disk ({megabytes(free)} free)")
+    beside = " beside what models of one's own take" if any(arm.config.model.kind == "custom" for arm in arms) else ""
+    said.append(f"{megabytes(disk)} on disk{beside} ({megabytes(free)} free)")
     if slots:
         said.append(f"{slots} at a time")
     if seconds_per_epoch and slots:
@@ -125,8 +128,13 @@ def megabytes(size: float) -> str:
 
 
 def parameters(config: Config) -> int:
-    """Parameters of the model, by its architecture's arithmetic: known before torch is loaded, biases left out."""
+    """Parameters of the model, by its architecture's arithmetic: known before torch is loaded, biases left out; 0 where
+    only the model knows (kind custom)."""
     model = config.model
+    if model.kind == "custom":
+        return 0
+    if config.takes_splats:
+        return _splat_parameters(config)
     channels = [model.base_channels * 2**level for level in range(model.downsampling_steps)]
     latent = model.latent_channels
     total = 9 * channels[-1] ** 2 * 2 + channels[-1] * latent * (3 if model.variational else 2)
@@ -135,6 +143,19 @@ def parameters(config: Config) -> int:
         narrow = outer if outer != 3 else channels[0]
         total += 16 * inner * narrow + 9 * narrow**2                 # decoder: transposed conv 4×4, conv 3×3
     return total + 27 * channels[0]
+
+
+def _splat_parameters(config: Config) -> int:
+    model, (down, up) = config.model, config.splat_filters
+    inside = down[-1] * (config.data.splats // 2**len(down) if model.pool == "none" else 1)
+    total = SPLAT_HIDDEN * (inside + model.latent_dim * (3 if model.variational else 2)
+                            + SPLAT_ENTRY * config.data.splats)
+    for channels in ((SPLAT_COLUMNS[model.splat_target], *down), (SPLAT_ENTRY * 2**len(up), *up)):
+        for inner, outer in pairwise(channels):
+            total += SPLAT_KERNEL * outer * inner
+            if model.kind == "resnet1d":                             # a second convolution, and the shortcut
+                total += SPLAT_KERNEL * outer**2 + (inner * outer if inner != outer else 0)
+    return total
 
 
 def rule_in_words(spec: Spec) -> str:
@@ -244,7 +265,8 @@ def duration(seconds: float) -> str:
 def data_in_words(dataset: Any) -> str:
     """Counts, size, classes, duplicates of a data set."""
     counts = ", ".join(f"{len(index):,} {name}" for name, index in dataset.splits.items())
-    words = f"{len(dataset.images):,} images of {dataset.images.shape[1]} px ({counts})"
+    splats = "" if dataset.splats is None else f" as {dataset.splats.shape[1]} splats"
+    words = f"{len(dataset.images):,} images of {dataset.images.shape[1]} px{splats} ({counts})"
     if dataset.duplicates:
         words += f", {dataset.duplicates:,} exact duplicates (kept on one side of the split)"
     if dataset.classes:
