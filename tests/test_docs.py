@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -47,8 +48,9 @@ def yaml_blocks() -> list:
 
 
 @pytest.fixture(scope="module")
-def sweeps(tmp_path_factory) -> Path:
-    """The project's sweeps, and beside them those of the pages that say what file they are."""
+def sweeps(tmp_path_factory) -> Iterator[Path]:
+    """The project's sweeps, and beside them those of the pages that say what file they are; the modules of the pages
+    are on Python's path."""
     folder = tmp_path_factory.mktemp("project") / "sweeps"
     (folder / "presets").mkdir(parents=True)
     for path in SWEEPS.rglob("*.yaml"):
@@ -57,7 +59,12 @@ def sweeps(tmp_path_factory) -> Path:
         for block in blocks(page, "yaml"):
             if named := re.match(r"# sweeps/(\S+\.yaml)\n", block):
                 (folder / named[1]).write_text(block, encoding="utf-8")
-    return folder
+        for block in blocks(page, "python"):
+            if named := re.match(r"# (\w+\.py)\n", block):
+                (folder.parent / named[1]).write_text(block, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder.parent)
+        yield folder
 
 
 @pytest.mark.parametrize(("page", "block"), yaml_blocks())

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from autoenc.config import own_sources
 from autoenc.files import write_atomic
 from autoenc.sweep.decide import concession
 from autoenc.sweep.final import write_handoff
@@ -32,10 +33,11 @@ def provenance(race: Race, decision: Mapping[str, Any], parent: Winner | None, f
     """Where a winner comes from: sweep, arm, scores, parents' hashes, data, what was conceded on the way, versions."""
     trial = winning_trial(race, decision)
     row = next(row for row in decision["candidates"] if row["arm"] == decision["winner"])
-    status = trial.run.trajectory.status()
+    status, sources = trial.run.trajectory.status(), own_sources(trial.run.config.flat())
     return {
         "format": FORMAT, "sweep": race.spec.name, "arm": decision["winner"], "trial": trial.name,
-        "trajectory": trial.run.key, "hash": winner_hash(trial.run.config.flat()),
+        "trajectory": trial.run.key, "hash": winner_hash(trial.run.config.flat(), sources), **(
+            {"sources": sources} if sources else {}),
         "scores": {"metric": race.spec.objective.metric, "score": row["score"], "se": row["se"], "seeds": row["seeds"],
                    "best_epoch": int(race.figures_of(trial.run)["epoch"])},
         "concessions": {**(dict(parent.provenance.get("concessions") or {}) if parent else {}),

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from autoenc.checks import Faults, shown
-from autoenc.config import KEYS, SECTIONS, WITHOUT_EFFECT, Config, flatten, make_config
+from autoenc.config import KEYS, SECTIONS, WITHOUT_EFFECT, Config, check_own, flatten, make_config
 from autoenc.errors import InputError, did_you_mean
 from autoenc.files import content_hash
-from autoenc.interop import is_experiment, read_experiment
+from autoenc.interop import FORMS, form_of, read_experiment
 from autoenc.sweep.parts import PARTS, make_part
 from autoenc.sweep.spec import PARTIAL_KEYS, Layer, Spec, build_spec, read_layer, read_settings, read_sweep
 from autoenc.sweep.warmup import check_grace
@@ -24,7 +24,7 @@ from autoenc.trajectory import FORMAT
 from autoenc.yamlfile import parse_yaml, read_yaml
 
 PROVENANCE_KINDS = {"parents": str, "content": object, "concessions": float, "device": str | int | None,
-                    "scores": object, "versions": str}               # of the mappings in a winner's provenance
+                    "scores": object, "versions": str, "sources": str}       # of the mappings in a winner's provenance
 PROJECT_SWEEPS = Path(__file__).resolve().parents[2] / "sweeps"
 
 
@@ -137,10 +137,10 @@ def _follow(sweep: Path) -> tuple[list[tuple[Path, Mapping[str, Any]]], Layer]:
             raise InputError(f"{sweep}: inherits goes in a circle: {circle}")
         seen.append(real)
         content = read_sweep(path)
-        if is_experiment(content):
+        if form := form_of(content):
             if not files:
-                raise InputError(f"{path}: is an experiment of ImgiNav, not a sweep: train it with python -m "
-                                 "autoenc.train, or name it in a sweep, as inherits: or as an arm (from:)")
+                raise InputError(f"{path}: is an experiment of {FORMS[form].NAME}, not a sweep: train it with python "
+                                 "-m autoenc.train, or name it in a sweep, as inherits: or as an arm (from:)")
             experiment = read_experiment(content, path)
             return files[::-1], Layer(str(path), config=experiment.settings, experiments=(experiment,),
                                       notices=experiment.notices)
@@ -179,6 +179,8 @@ def _indivisible(chain: Sequence[Spec]) -> Iterator[str]:
     for spec in chain:
         start = {**Config().flat(), **spec.ancestry, **spec.config}
         size = start["data.image_size"]
+        if start["model.kind"] != "conv2d":          # others have no such steps
+            continue
         if key in spec.config or not possible:
             possible = {start[key]: spec.name}
         yield from (f"{spec.path}: data.image_size: {size} is not divisible by {2**steps}, and the winner of {name}"
@@ -211,10 +213,11 @@ def starting_point(spec: Spec, parent_winner: Mapping[str, Any] | None) -> dict[
 
 def make_candidate(spec: Spec, start: Mapping[str, Any], name: str, settings: Mapping[str, Any],
                    hypothesis: str = "") -> Candidate:
-    """Raises :class:`InputError` where the settings do not fit the starting point, or would be compared before its KL
-    has its final weight."""
+    """Raises :class:`InputError` where the settings do not fit the starting point, would be compared before its KL has
+    its final weight, or name a model or loss that is not there."""
     config = make_config({**start, **settings}, f"{spec.path}: arms.{name}")
     check_grace(spec.asha, config, f"{spec.path}: arms.{name}")
+    check_own(config, f"{spec.path}: arms.{name}" if name in spec.arms else str(spec.path))
     return Candidate(name, dict(settings), config, hypothesis)
 
 
@@ -243,15 +246,17 @@ class Winner:
     @property
     def hash(self) -> str:
         """Of the winning configuration, paths aside: what the sweeps below build on."""
-        return winner_hash(self.settings)
+        return winner_hash(self.settings, self.provenance.get("sources", {}))
 
 
-def winner_hash(settings: Mapping[str, Any]) -> str:
+def winner_hash(settings: Mapping[str, Any], sources: Mapping[str, str] | None = None) -> str:
     """Of a winning configuration; its data has a fingerprint of its own. What is as it is by default stays out, so that
-    a setting that did not exist when a winner was decided makes nothing stale."""
+    a setting that did not exist when a winner was decided makes nothing stale. ``sources``: of a model or loss of one's
+    own, the texts that it was trained with, as digests."""
     default = Config().flat()
-    return content_hash({key: value for key, value in settings.items()
-                         if not key.startswith("data.") and key not in WITHOUT_EFFECT and value != default[key]})
+    changed = {key: value for key, value in settings.items()
+               if not key.startswith("data.") and key not in WITHOUT_EFFECT and value != default[key]}
+    return content_hash(changed | ({"sources": dict(sources)} if sources else {}))
 
 
 def read_winner(folder: Path) -> Winner | None:
@@ -318,7 +323,10 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
             old, new = _by_name(old), _by_name(new)
             if old == new:
                 said.append("the order of the arms changed")
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
+        if part == "sources":
+            said += dict.fromkeys(f"the source text of {target.partition(':')[0]} changed" for target in new
+                                  if isinstance(old, Mapping) and old.get(target, new[target]) != new[target])
+        elif isinstance(old, Mapping) and isinstance(new, Mapping):
             prefix = "" if part == "config" else f"{part}."
             said += [f"{prefix}{key}: {_short(old.get(key))} -> {_short(new.get(key))}"
                      for key in {**old, **new} if old.get(key) != new.get(key)]

@@ -63,7 +63,7 @@ def study_of(race: Race, storage: BaseStorage | None = None) -> Study:
 def _settings(race: Race, trial: Trial) -> dict[str, Any]:
     """Every varied setting; none that the space has only under a condition which fails here."""
     flat, space = trial.run.config.flat(), race.spec.space
-    return {key: json.dumps(flat[key]) if isinstance(flat[key], list | tuple) else flat[key]
+    return {key: json.dumps(flat[key]) if isinstance(flat[key], list | tuple | dict) else flat[key]
             for key in race.spec.varied
             if key not in space or all(flat[other] == value for other, value in space[key].when.items())}
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from autoenc import figures
 from autoenc.checks import Faults, shown
-from autoenc.config import WITHOUT_EFFECT, Config, absolute_paths, check_values, flatten, make_config
+from autoenc.config import WITHOUT_EFFECT, Config, absolute_paths, check_values, flatten, make_config, own_sources
 from autoenc.errors import InputError, did_you_mean
 from autoenc.files import content_hash
-from autoenc.interop import Experiment, as_arm, load_experiment
+from autoenc.interop import FORMS, Experiment, as_arm, load_experiment
 from autoenc.sweep.parts import PARTS, Asha, Decision, Measured, Resources, Search, make_part
 from autoenc.sweep.space import Parameter, parse_space
 from autoenc.sweep.warmup import Budget, check_grace, ends_of_schedules
@@ -111,7 +111,15 @@ class Spec:
             "decision": {key: value for key, value in self.decision.model_dump(mode="json").items()
                          if key not in LATER or value != LATER[key]},
             **({"start": "parent"} if self.takes_over else {}),
+            **({"sources": sources} if (sources := self._sources(config)) else {}),
         }
+
+    def _sources(self, config: Mapping[str, Any]) -> dict[str, str]:
+        """Of the models and loss terms of one's own that it names, the source texts as digests."""
+        drawn = [{**parameter.when, key: value} for key, parameter in self.space.items() if parameter.type == "choice"
+                 for value in parameter.choices]
+        found = [own_sources(settings) for settings in (config, *(arm.settings for arm in self.arms.values()), *drawn)]
+        return {target: digest for sources in found for target, digest in sources.items()}
 
     @cached_property
     def content_hash(self) -> str:
@@ -272,7 +280,8 @@ def _read_source(source: Any, folder: Path, where: str) -> Experiment:
     except InputError as error:
         raise InputError("\n".join(f"{where}: from: {line}" for line in str(error).split("\n"))) from None
     if experiment is None:
-        raise InputError(f"{where}: from: {shown(source)} is no experiment file of ImgiNav")
+        names = " or ".join(form.NAME for form in FORMS.values())
+        raise InputError(f"{where}: from: {shown(source)} is no experiment file of {names}")
     return experiment
 
 
