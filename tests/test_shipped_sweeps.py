@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import json
+import math
+import os
+import subprocess
+import sys
 
 import pytest
+import torch
 from sweepfiles import SWEEPS
 
+import tune_runner
 from autoenc import figures
-from autoenc.config import KEYS, flatten, make_config
+from autoenc.config import KEYS, flatten, load_config, make_config
 from autoenc.errors import InputError
+from autoenc.gaussvae_config import read
+from autoenc.losses import kl
 from autoenc.sweep.inherit import arm_candidates, load_chain, parse_override, starting_point
 from autoenc.sweep.space import project
 from autoenc.sweep.spec import PARTIAL_KEYS, read_layer
@@ -20,7 +29,8 @@ NAMED = [path for path in FILES if path.parent == SWEEPS and path.stem != "base"
 PARTIAL = [path for path in FILES if path not in NAMED]
 PRESETS = [path for path in PARTIAL if path.stem != "base"]
 NEEDS = {"full": ["data.manifest=maps.csv", "data.palette=palette.yaml"]}      # what a preset's comment asks for
-REFUSED = {("phase1_0", "quick"): "train.learning_rate is what phase1_0_learning_rate"}
+REFUSED = {("phase1_0", "quick"): "train.learning_rate is what phase1_0_learning_rate",
+           **{(stem, "full"): "'conv1d' takes splats" for stem in ("splats", "splats_targets")}}     # it is for images
 
 # The contract: name, what is varied, the arms. Loss weights of phase 1.4: segmentation / classification.
 SIZES = ("model.latent_channels", "model.base_channels")
@@ -149,14 +159,135 @@ def test_the_joint_search_reaches_whatever_the_greedy_phases_could():
     *phases, joint = load_chain(SWEEPS / "joint.yaml")
     assert [spec.path.stem for spec in phases] == list(TABLE)
     assert set(joint.space) == {key for spec in phases for key in spec.varied}
-    start = starting_point(joint, None)
+    start, mean = starting_point(joint, None), joint.arms["greedy"].settings
+    assert mean == {"loss.kl_reduction": "mean"} and start["loss.kl_reduction"] == "sum"
     for spec in phases:
         for arm in spec.arms.values():
-            met = {key: value for key, value in arm.settings.items()
-                   if all(arm.settings.get(other) == needed for other, needed in joint.space[key].when.items())}
+            met = {key: value for key, value in arm.settings.items() if key != "loss.kl" and
+                   all(arm.settings.get(other) == needed for other, needed in joint.space[key].when.items())}
             assert project(met, joint.space, {**start, **arm.settings}) is not None
-    assert joint.arms["greedy"].settings == {} and joint.decision.baseline.arm == "greedy" and joint.trials == 24
+    assert joint.decision.baseline.arm == "greedy" and joint.trials == 24
     assert joint.space["loss.kl"].when == {"model.variational": True}
+
+
+def test_the_joint_search_reaches_the_kl_weights_of_the_phases():
+    """They weigh the mean over a latent's dimensions, its space the sum over the numbers of an image: a weight of one
+    is that times the image's numbers over the latent's dimensions in the other, for every latent of phase 1."""
+    *phases, joint = load_chain(SWEEPS / "joint.yaml")
+    start, space = starting_point(joint, None), joint.space
+    weights = {arm.settings["loss.kl"] for spec in phases for arm in spec.arms.values() if "loss.kl" in arm.settings}
+    assert weights == {1e-4}
+    for weight, channels, steps in itertools.product(
+            weights, space["model.latent_channels"].values(), space["model.downsampling_steps"].values()):
+        latent = {"model.latent_channels": channels, "model.downsampling_steps": steps, "model.variational": True}
+        config = make_config({**start, **latent}, "test")
+        summed = weight * config.elements / math.prod(config.latent_shape)
+        assert project({**latent, "loss.kl": summed}, space, start) is not None
+        mu, logvar = torch.randn(2, 1, *config.latent_shape).unbind()
+        as_mean, as_sum = (kl({"mu": mu, "logvar": logvar}, {}, reduction, elements=config.elements).item()
+                           for reduction in ("mean", "sum"))
+        assert weight * as_mean == pytest.approx(summed * as_sum)
+
+
+def test_the_greedy_winner_of_the_joint_search_is_trained_as_it_was():
+    """Its weight keeps its meaning, so its training is that of the phases, whatever it is."""
+    *_, four, joint = load_chain(SWEEPS / "joint.yaml")
+    for won in ({"model.variational": False}, {"model.variational": True, "loss.kl": 1e-4}):
+        parent = {**make_config({}, "test").flat(), **starting_point(four, None), **won}
+        start = starting_point(joint, parent)
+        (greedy,) = arm_candidates(joint, start)
+        assert greedy.config.identity() == make_config(parent, "test").identity()
+        taught = make_config({**start, **project({}, joint.space, start)}, "test")
+        # A point of the space, and so learnt from, unless it is a VAE, whose weight the space weighs otherwise.
+        assert (taught.identity() == greedy.config.identity()) is not won["model.variational"]
+
+
+def splat_arms(stem, *presets):
+    """The sweep and its arms' configurations by name."""
+    [spec] = load_chain(SWEEPS / f"{stem}.yaml", presets)
+    return spec, {arm.name: arm.config for arm in arm_candidates(spec, starting_point(spec, None))}
+
+
+def test_the_seven_configurations_of_splats():
+    spec, arms = splat_arms("splats")
+    found = {name: (config.model.kind, config.model.latent_dim, config.loss.kl) for name, config in arms.items()}
+    assert found == {
+        "conv256_b1": ("conv1d", 256, 1.0), "conv256_b0.5": ("conv1d", 256, 0.5), "conv512_b1": ("conv1d", 512, 1.0),
+        "conv512_b0.5": ("conv1d", 512, 0.5), "conv512_b0.1": ("conv1d", 512, 0.1), "conv512_b0": ("conv1d", 512, 0.0),
+        "resnet512_b0": ("resnet1d", 512, 0.0)}
+    for config in arms.values():
+        model, train = config.model, config.train
+        assert (config.data.source, config.data.splats, config.data.manifest) == ("splats", 512, None)
+        assert (model.encoder_filters, model.decoder_filters) == ((32, 64, 128), (64, 32, 16))
+        assert (model.dropout_rates, model.pool, model.splat_target) == ((0.1, 0.15, 0.2), "mean", "raw")
+        assert (model.variational, model.norm, config.kl_reduction) == (True, "batch", "mean")
+        assert config.loss_weights == {"splats": 1.0, **({"kl": config.loss.kl} if config.loss.kl else {})}
+        assert (train.epochs, train.batch_size, train.learning_rate, train.weight_decay) == (100, 32, 1e-3, 0)
+        assert train.patience is None
+        assert config.counted_from == (51 if config.loss.kl else 1)
+    assert (spec.objective.metric, spec.asha) == ("val/mse", None)
+    assert [(rule.metric, rule.min) for rule in spec.decision.require] == [("latent/active_units", 0.1)]
+
+
+def test_the_arms_of_splats_are_what_their_files_say():
+    """Read as GaussVAE writes them, the seven are the arms, data, seed and patience aside."""
+    _, arms = splat_arms("splats")
+    for name, config in arms.items():
+        file = {"model": {"name": name.replace("conv256", "conv1d").replace("conv512", "conv1d"),
+                          "latent_dim": config.model.latent_dim}, "training": {"max_beta": config.loss.kl}}
+        experiment = read(file, SWEEPS / "file.yaml")
+        theirs = make_config(experiment.settings, name)
+        assert theirs.identity() == config.identity() and theirs.counted_from == config.counted_from
+        assert theirs.data.curve == config.data.curve
+
+
+def test_the_targets_and_poolings_of_splats():
+    spec, arms = splat_arms("splats_targets")
+    found = {name: (config.model.splat_target, config.model.pool) for name, config in arms.items()}
+    assert found == {f"{target}_{pool}": (target, pool)
+                     for target in ("raw", "canonical", "logcov") for pool in ("mean", "none")}
+    assert all((config.model.variational, config.model.latent_dim) == (False, 512) for config in arms.values())
+    assert all(config.loss_weights == {"splats": 1.0} for config in arms.values())
+    assert spec.objective.metric == "val/mse"             # comparable, where a loss in the target's columns is not
+    assert [rule.metric for rule in spec.decision.prefer] == ["val/rot_fvu", "val/feat_fvu", "parameters"]
+    _, others = splat_arms("splats")
+    same = others["conv512_b0"]
+    for key, value in arms["raw_mean"].flat().items():    # apart from what it says, as in splats.yaml
+        assert value == same.flat()[key] or key in ("model.variational", "loss.kl_schedule", "loss.kl_warmup_epochs")
+
+
+@pytest.mark.parametrize("stem", ["splats", "splats_targets"])
+def test_splats_are_quick_to_try(stem):
+    _, arms = splat_arms(stem, "quick")
+    for config in arms.values():
+        assert (config.data.image_size, config.data.limit, config.train.epochs) == (32, 96, 3)
+        assert config.counted_from == (2 if config.loss_weights.get("kl") else 1)          # the warm-up goes along
+
+
+@pytest.mark.parametrize(("stem", "plan"), [
+    ("splats", ["splats", "conv512_b0.1", "at most 700 epochs", "latent/active_units ≥ 0.1"]),
+    ("splats_targets", ["splats_targets", "canonical_none", "at most 600 epochs", "then smaller val/rot_fvu"]),
+    ("joint", ["joint", "loss.kl_reduction mean", "phase1_1_latent_channels"])])
+def test_plans_of_sweeps_whose_data_is_not_there_yet(stem, plan, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("AUTOENC_CACHE", str(tmp_path / "cache"))
+    assert tune_runner.main([str(SWEEPS / f"{stem}.yaml"), "--dry-run", "--output", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert all(words in said for words in plan) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stem", "arms"), [("splats", 7), ("splats_targets", 6)])
+def test_splats_run_to_a_winner(stem, arms, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "AUTOENC_CACHE": str(tmp_path / "cache")}
+    run = subprocess.run([sys.executable, SWEEPS.parent / "tune_runner.py", SWEEPS / f"{stem}.yaml", "--preset",
+                          "quick", "--output", tmp_path / "out"], capture_output=True, text=True, timeout=900,
+                         env=environment, cwd=tmp_path)
+    assert run.returncode == 0, run.stdout + run.stderr
+    decision = json.loads((tmp_path / "out" / stem / "decision.json").read_text())
+    assert len(decision["candidates"]) == arms and decision["winner"] is not None
+    assert all(row["epochs"] == 3 and math.isfinite(row["score"]) for row in decision["candidates"])
+    best = load_config(tmp_path / "out" / stem / "best_config.yaml")
+    assert best.data.source == "splats" and best.train.epochs == 3
 
 
 def test_the_learning_rates_are_around_the_base():
