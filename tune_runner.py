@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from contextlib import ExitStack, suppress
@@ -24,7 +25,7 @@ from autoenc.errors import InputError, command, did_you_mean
 from autoenc.interrupts import Deadline, limited
 from autoenc.report import gallery
 from autoenc.report.watch import Watched
-from autoenc.sweep import doors, export, final, inherit, live, plan, walltime
+from autoenc.sweep import doors, export, final, inherit, live, own, plan, walltime
 from autoenc.sweep.journal import write_journal
 from autoenc.sweep.missed import missed
 from autoenc.sweep.phase import Phase, conclude, decide_race, device_kind, open_phase, standing_decision, survey
@@ -83,6 +84,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
                         help="override one setting, for all sweeps that run or for one; repeatable")
     parser.add_argument("--address", default=os.environ.get("RAY_ADDRESS"), metavar="ADDR",
                         help="Ray cluster to join (default: $RAY_ADDRESS, else a local one is started, and ended)")
+    parser.add_argument("--slots", metavar="N", help="run at most so many trials at once (default: what there is)")
+    parser.add_argument("--grow", action="store_true",
+                        help="the cluster brings nodes on demand: run --slots trials at once, whatever it has now")
     parser.add_argument("--insecure", action="store_true", help="join a Ray cluster that demands no token, too")
     parser.add_argument("--dashboard-host", default="127.0.0.1", metavar="HOST",
                         help="where the dashboard of a Ray that is started here listens (default: 127.0.0.1)")
@@ -96,6 +100,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not options.sweeps and not options.list:
         parser.error("the following arguments are required: SWEEP")
+    if options.slots is not None:
+        if not re.fullmatch(r"0*[1-9][0-9]{0,5}", options.slots, re.ASCII):
+            raise InputError(f"--slots {options.slots}: should be a number of trials at once, 1 or more")
+        options.slots = int(options.slots)
+    if options.grow and options.slots is None:
+        raise InputError("--grow: to how many trials at once? add --slots N")
+    if options.grow and options.address in (None, "", "local"):
+        raise InputError("--grow: a Ray that is started here does not grow; give the --address of a cluster that does")
     return options
 
 
@@ -113,7 +125,10 @@ def in_order(chains: list[list[Spec]]) -> list[Spec]:
 
 
 def check_output(output: Path) -> None:
-    """The output folder, or the nearest folder above it that exists, can be written."""
+    """The output folder, or the nearest folder above it that exists, can be written, and outlives a Ray job."""
+    if any(part.startswith("_ray_pkg_") for part in output.parts):
+        raise InputError(f"--output {output}: lies in the copy of the working directory that Ray makes for a job and "
+                         "removes after it; give an absolute path on storage that all nodes see")
     folder = next(path for path in (output, *output.parents) if path.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"--output {output}: {folder} is no folder that can be written")
@@ -177,6 +192,7 @@ class Runner:
         if not race.idle:
             self.join_cluster()
             race = phase.race(device_kind(spec, self.cluster))
+            self.try_own(race)
         show_plan(self.console, phase, race, self.cluster)
         with phase.writing() as folder:
             race = phase.race(device_kind(spec, self.cluster), folder.emit)
@@ -204,6 +220,13 @@ class Runner:
         plan.show_decision(self.console, race, decision, winner, files, self.remarks(phase, race, decision))
         return decision["winner"] is not None
 
+    def try_own(self, race: Race) -> None:
+        """Models and losses of one's own are tried on a worker. Raises :class:`InputError`."""
+        from autoenc.sweep import run_ray
+
+        with self.console.status("looking for models of one's own …"):
+            own.check(race, partial(run_ray.apart, race, self.cluster))
+
     def train(self, phase: Phase, race: Race) -> None:
         """Run on the cluster what the race asks for, shown live."""
         from autoenc.sweep import run_ray
@@ -230,7 +253,7 @@ class Runner:
         try:
             with progress.shown():
                 run_ray.run(race, self.cluster, folder=phase.folder.path, output=self.output, deadline=self.deadline,
-                            changed=changed, say=progress.say)
+                            dataset=phase.dataset, changed=changed, say=progress.say)
         except BaseException:
             with suppress(OSError):             # it may be what there is to tell
                 phase.folder.write_trials(race)
@@ -307,7 +330,9 @@ class Runner:
                 address = doors.knock(address, insecure=insecure)
             from autoenc.sweep import run_ray  # only now: Ray reads how to authenticate when it is imported
 
-            self.cluster = self.stack.enter_context(run_ray.cluster(address, self.options.dashboard_host))
+            self.cluster = self.stack.enter_context(run_ray.cluster(
+                address, self.options.dashboard_host, self.options.slots,
+                self.specs[-1].resources if self.options.grow else None))
         for spec in self.specs:
             try:
                 self.cluster.share(spec.resources, 1)
@@ -315,6 +340,8 @@ class Runner:
                 raise InputError(f"{spec.path}: {error}") from None
         if self.cluster.dashboard:
             self.console.print(f"Ray dashboard {self.cluster.dashboard} (its token: ray get-auth-token)", style="dim")
+        if self.cluster.metrics:
+            self.console.print(f"gauges for Prometheus {self.cluster.metrics} (docs/dashboard.md)", style="dim")
 
     def dataset(self, settings: DataConfig) -> Any:
         """The decoded data, prepared once."""

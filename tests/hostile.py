@@ -20,6 +20,7 @@ from sweepfiles import places
 
 import tune_runner
 from autoenc.errors import InputError
+from autoenc.sweep.gauges import Gauges
 from autoenc.sweep.work import Task, work
 
 torch.set_num_threads(1)
@@ -127,8 +128,9 @@ def command(arguments: Sequence[str], report: bool = False) -> Outcome:
         def train(self, phase: Any, race: Any) -> None:
             from autoenc.sweep import run_ray
 
-            driver = run_ray._Driver(race, output=str(self.output), threads=1, device="cpu", deadline=None,
-                                     changed=lambda: None, say=self.console.print)
+            driver = run_ray._Driver(race, output=str(self.output), threads=1, device="cpu", deadline=None, data="",
+                                     gauges=Gauges(race, 1, run_ray.Gauge), changed=lambda: None,
+                                     say=self.console.print)
             while (run := driver.next()) is not None:
                 for said in work(Task(**driver.task(run)["task"])):
                     outcome.trained[run.key] += "epoch" in said

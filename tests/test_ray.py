@@ -164,6 +164,8 @@ def test_an_error_beside_the_training_itself_is_told_not_taken_for_a_dead_worker
     folder = Store(tmp_path).open("key").folder
     *epochs, outcome = work(task)
     assert [said["epoch"] for said in epochs] == [1, 2] and outcome == {"outcome": "completed"}
+    (outcome,) = work(replace(task, data="of another processor"))
+    assert outcome["outcome"] == "failed" and "data is other data than where the command runs" in outcome["note"]
     (folder / "figures.json").unlink()
     (outcome,) = work(replace(task, device="nowhere"))
     assert outcome["outcome"] == "failed" and "RuntimeError" in outcome["note"]

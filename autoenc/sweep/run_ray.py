@@ -11,19 +11,25 @@ import logging
 import os
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from autoenc.custom import arrive, for_workers
 from autoenc.errors import InputError
 from autoenc.interrupts import Deadline, interrupt, leave_warnings_to_us, take_signals
+from autoenc.sweep.gauges import Gauges
 from autoenc.sweep.race import Race
 from autoenc.sweep.spec import Resources
 from autoenc.sweep.standing import Run
 from autoenc.sweep.work import Task, work
+
+if TYPE_CHECKING:
+    from autoenc.data import Dataset
 
 # Before ray is imported: Tune's own files, its own signal handler and its chatter are not wanted.
 os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -33,10 +39,14 @@ os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_H
 
 import ray
 from ray import tune
+from ray.autoscaler.sdk import request_resources
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
+from ray.util.metrics import Gauge
 
 RESTARTS = 3                    # of a worker that died
+WAITING_SECONDS = 30.0          # without any worker until it is said; to start one takes seconds
+GROWTH_SECONDS = 900.0          # for a cluster that grows on demand to bring its first node
 
 
 @dataclass(frozen=True)
@@ -45,13 +55,21 @@ class Cluster:
     gpus: float
     dashboard: str | None
     local: bool
+    slots: int | None = None        # trials at once that this command may take; None: what there is
+    grows: bool = False             # brings nodes for so many slots as trials wait for them
+    metrics: str | None = None      # what the agent of the driver's node tells Prometheus
 
     def share(self, resources: Resources, runs: int) -> tuple[int, float, int]:
-        """CPUs and GPUs of one trial and the number of slots, for so many runs.
+        """CPUs and GPUs of one trial and the number of slots, for so many runs. What other commands hold at the moment
+        is not taken off: trials wait for it.
 
         Raises :class:`InputError` where the cluster can never give what one trial asks for.
         """
         gpus = resources.gpus
+        if self.slots is not None:
+            runs = min(runs, self.slots)
+        if self.grows:
+            return resources.cpus, (1.0 if self.gpus else 0.0) if gpus == "auto" else float(gpus), self.slots
         if gpus == "auto":
             # As many GPUs as there are; several trials share one only when there are more trials than GPUs.
             gpus = 0.0 if not self.gpus else 1.0 if runs <= self.gpus else 0.5
@@ -62,13 +80,15 @@ class Cluster:
         slots = self.cpus // resources.cpus
         if gpus:
             slots = min(slots, int(self.gpus / gpus + 1e-9))
-        return resources.cpus, float(gpus), max(1, slots)
+        return resources.cpus, float(gpus), max(1, min(slots, self.slots or slots))
 
 
 @contextmanager
-def cluster(address: str | None, dashboard_host: str = "127.0.0.1") -> Iterator[Cluster]:
+def cluster(address: str | None, dashboard_host: str = "127.0.0.1", slots: int | None = None,
+            first: Resources | None = None) -> Iterator[Cluster]:
     """Join the Ray cluster at ``address``, or (None) start a local one and end it with the block. Who gets in is
-    :mod:`autoenc.sweep.doors`' matter, before this module is imported.
+    :mod:`autoenc.sweep.doors`' matter, before this module is imported. ``slots``: as in :class:`Cluster`. ``first``: it
+    grows on demand, and what :func:`grown` waits for.
 
     Raises :class:`InputError` where Ray cannot start or join.
     """
@@ -87,13 +107,36 @@ def cluster(address: str | None, dashboard_host: str = "127.0.0.1") -> Iterator[
     finally:
         take_signals()           # ray.init takes SIGTERM for itself
     try:
-        total = ray.cluster_resources()
+        total = ray.cluster_resources() if first is None else grown(first)
         url = context.dashboard_url
         yield Cluster(int(total.get("CPU", 0)), total.get("GPU", 0.0), f"http://{url}" if url else None,
-                      address is None)
+                      address is None, slots, first is not None, _metrics_url(context.address_info))
     finally:
         with _quiet():
             ray.shutdown()
+
+
+def grown(first: Resources) -> dict[str, float]:
+    """The resources of a cluster that grows on demand, once it has those of a first trial: it may have no worker yet.
+
+    Raises :class:`InputError` where it has not brought them within ``GROWTH_SECONDS``.
+    """
+    wanted = {"CPU": float(first.cpus)} | ({"GPU": float(first.gpus)} if first.gpus not in ("auto", 0) else {})
+    until = time.monotonic() + GROWTH_SECONDS
+    while any((total := ray.cluster_resources()).get(name, 0.0) < much for name, much in wanted.items()):
+        if time.monotonic() > until:
+            asked = ", ".join(f"{much:g} {name}" for name, much in wanted.items())
+            raise InputError(f"--grow: the cluster has not brought what one trial needs ({asked}) within "
+                             f"{GROWTH_SECONDS / 60:g} minutes; ray status on its head says why")
+        request_resources(bundles=[wanted])
+        time.sleep(1)
+    request_resources(bundles=[])               # from here on the trials that wait ask for it
+    return total
+
+
+def _metrics_url(node: dict[str, Any]) -> str | None:
+    host, port = node.get("node_ip_address", ""), node.get("metrics_export_port")
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics" if host and port else None
 
 
 @contextmanager
@@ -113,16 +156,19 @@ def _quiet() -> Iterator[None]:
 
 
 def run(race: Race, here: Cluster, *, folder: Path, output: Path, deadline: Deadline | None = None,
-        changed: Callable[[], None] = lambda: None, say: Callable[[str], None] = lambda text: None) -> None:
+        dataset: Dataset | None = None, changed: Callable[[], None] = lambda: None,
+        say: Callable[[str], None] = lambda text: None) -> None:
     """Run all that the race still asks for. ``changed`` is called after every event of it, ``say`` with what a person
-    should know. No epoch is begun that would not end before the ``deadline``.
+    should know. No epoch is begun that would not end before the ``deadline``. ``dataset``: what workers must find
+    when they open the data; without it they are believed.
 
     Raises KeyboardInterrupt when interrupted or when the deadline ends it, OSError where the output cannot be written.
     """
     resources = race.spec.resources
     cpus, gpus, slots = here.share(resources, max(1, len(race.runs)))
+    images, data = (len(dataset.splits["train"]), dataset.fingerprint) if dataset else (None, "")
     driver = _Driver(race, output=str(output), threads=cpus, device="cuda" if gpus else "cpu", deadline=deadline,
-                     changed=changed, say=say)
+                     data=data, gauges=Gauges(race, slots, Gauge, images=images, say=say), changed=changed, say=say)
     scratch = folder / ".tune"
     shutil.rmtree(scratch, ignore_errors=True)
     tuner = tune.Tuner(
@@ -130,7 +176,8 @@ def run(race: Race, here: Cluster, *, folder: Path, output: Path, deadline: Dead
         tune_config=tune.TuneConfig(num_samples=-1, search_alg=_Search(driver), scheduler=_Schedule(driver),
                                     max_concurrent_trials=slots, reuse_actors=True,
                                     trial_dirname_creator=lambda trial: trial.trial_id),
-        run_config=tune.RunConfig(name="tune", storage_path=str(scratch), verbose=0, callbacks=[_Restarts(driver)],
+        run_config=tune.RunConfig(name="tune", storage_path=str(scratch), verbose=0,
+                                  callbacks=[_Restarts(driver), _Waits(driver), _Report(driver)],
                                   checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                                   failure_config=tune.FailureConfig(max_failures=RESTARTS)),
     )
@@ -138,6 +185,7 @@ def run(race: Race, here: Cluster, *, folder: Path, output: Path, deadline: Dead
         with _quiet():
             tuner.fit()
     finally:
+        driver.gauges.report()
         shutil.rmtree(scratch, ignore_errors=True)
     if driver.broken:
         raise driver.broken
@@ -154,24 +202,26 @@ def apart(race: Race, here: Cluster, function: Callable[..., Any], *task: Any, s
     # An actor rather than a task: to end a task by force that has just ended crashes Ray's driver.
     caller = ray.remote(num_cpus=cpus, num_gpus=gpus)(_Caller).remote()
     try:
-        return ray.get(caller.call.remote(function, *task, cpus, "cuda" if gpus else "cpu"), timeout=seconds)
+        return ray.get(caller.call.remote(for_workers(), function, *task, cpus, "cuda" if gpus else "cpu"),
+                       timeout=seconds)
     finally:
         with suppress(Exception):               # Ray itself is gone
             ray.kill(caller)
 
 
 class _Caller:
-    def call(self, function: Callable[..., Any], *task: Any) -> Any:
+    def call(self, own: dict[str, tuple[str, str, bytes]], function: Callable[..., Any], *task: Any) -> Any:
+        arrive(own)
         return function(*task)
 
 
 class _Driver:
     """What scheduler, searcher and callback share: which Tune trial stands for which run, and why no more may start."""
 
-    def __init__(self, race: Race, *, output: str, threads: int, device: str, deadline: Deadline | None,
-                 changed: Callable[[], None], say: Callable[[str], None]) -> None:
-        self.race, self.deadline, self.changed, self.say = race, deadline, changed, say
-        self.output, self.threads, self.device = output, threads, device
+    def __init__(self, race: Race, *, output: str, threads: int, device: str, deadline: Deadline | None, data: str,
+                 gauges: Gauges, changed: Callable[[], None], say: Callable[[str], None]) -> None:
+        self.race, self.deadline, self.gauges, self.changed, self.say = race, deadline, gauges, changed, say
+        self.output, self.threads, self.device, self.data = output, threads, device, data
         self.runs: dict[str, Run] = {}
         self.broken: OSError | None = None      # the disk is full, the folder gone: nobody can go on
         self.out_of_time = False
@@ -180,8 +230,9 @@ class _Driver:
         return object, ()                       # Tune pickles what it is given in order to restore it; never done here
 
     def task(self, run: Run) -> dict[str, Any]:
-        return {"task": asdict(Task(key=run.key, output=self.output, config=run.config.flat(), threads=self.threads,
-                                    device=self.device, after=self.race.wanted_after(run), keep=run.keep))}
+        task = Task(key=run.key, output=self.output, config=run.config.flat(), threads=self.threads,
+                    device=self.device, after=self.race.wanted_after(run), keep=run.keep, data=self.data)
+        return {"task": asdict(task), "own": for_workers()}
 
     def next(self) -> Run | None:
         if self.over:
@@ -297,6 +348,9 @@ class _Restarts(tune.Callback):
         self.driver = driver
         self.nodes: dict[str, str] = {}         # trial -> the node that its last result came from
 
+    def setup(self, **info: Any) -> None:
+        take_signals()                          # Tune has taken SIGUSR1, to end as if the sweep were over
+
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         self.nodes[trial.trial_id] = result.get("node_id", "")
 
@@ -312,10 +366,41 @@ class _Restarts(tune.Callback):
             self.driver.say(f"{self.driver.race.name_of(run)}: {note}; goes on after epoch {len(run.rows)}")
 
 
+class _Report(tune.Callback):
+    """Keeps the gauges up to date: Tune's loop comes by here ten times a second, whether anything happened or not."""
+
+    def __init__(self, driver: _Driver) -> None:
+        self.driver = driver
+
+    def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
+        self.driver.gauges.refresh()
+
+
+class _Waits(tune.Callback):
+    """Tells, once, of a sweep that stands still because nothing is free for it: others hold it, or a cluster grows."""
+
+    def __init__(self, driver: _Driver) -> None:
+        self.driver = driver
+        self.since: float | None = None         # from when on trials waited and none ran
+        self.told = False
+
+    def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
+        states = {trial.status for trial in trials}
+        if self.told or "PENDING" not in states or "RUNNING" in states:
+            self.since = None
+        elif self.since is None:
+            self.since = time.monotonic()
+        elif time.monotonic() > self.since + WAITING_SECONDS:
+            self.told = True
+            self.driver.say("no trial runs: what one needs is not free on the cluster; waiting (ray status on its head "
+                            "shows what is taken)")
+
+
 class _Trainable(tune.Trainable):
     """One worker: trains a task an epoch a step. A worker is used again for the next task, torch and data loaded."""
 
     def setup(self, config: dict[str, Any]) -> None:
+        arrive(config["own"])
         self.steps: Iterator[dict[str, Any]] = work(Task(**config["task"]))
         self.node = ray.get_runtime_context().get_node_id()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -33,6 +34,7 @@ class Task:
     device: str                        # cpu or cuda
     after: tuple[str, ...] = ()        # figures to compute when it is finished
     keep: int | None = None            # an epoch whose weights must be there in the end
+    data: str = ""                     # the fingerprint that its data must have; empty: any
 
 
 _dataset: tuple[Any, Any] = (None, None)
@@ -71,6 +73,10 @@ def work(task: Task) -> Iterator[dict[str, Any]]:
 
 def _steps(task: Task, lock: SoftFileLease, trajectory: Trajectory, config: Config) -> Iterator[dict[str, Any]]:
     dataset = _open_data(config)
+    if task.data not in ("", dataset.fingerprint):
+        raise InputError(f"data.cache_dir: on {socket.gethostname()} the data is other data than where the command "
+                         "runs: files that differ, or splats fitted on another kind of processor; name a folder that "
+                         "all nodes see")
     yield from _train(lock, trajectory, config, dataset, task.device)
     outcome = _outcome(trajectory, config)
     if outcome["outcome"] == "completed":
