@@ -365,7 +365,7 @@ def main(arguments: list[str]) -> int:
 
 def _line(row: Mapping[str, float], config: Config) -> str:
     """An epoch as people watch it: raw losses, the KL with its weight, the weighted total."""
-    terms = {name: name for name in ("mse", "l1", "splats")} | TERM_FIGURES
+    terms = {name: name for name in ("mse", "l1", "splats", *(term.name for term in config.loss.custom))} | TERM_FIGURES
     likelihood = "splats" if config.takes_splats else "mse"
     weighed = {likelihood if name == "optimal_variance" else name for name in config.loss_weights}
     told = [f"epoch {row['epoch']:>3}/{config.train.epochs}"]

@@ -9,7 +9,8 @@ from torch import nn
 
 from autoenc.errors import InputError
 from autoenc.model import Autoencoder, count_parameters, derived_seed, draw, level_channels
-from autoenc.model.conv2d import BatchNorm, ConvAutoencoder
+from autoenc.model.base import BatchNorm
+from autoenc.model.conv2d import ConvAutoencoder
 
 torch.set_num_threads(1)
 

@@ -17,7 +17,8 @@ from autoenc.data import Dataset
 from autoenc.data.splat_targets import LEAST_STD, TARGETS, longer_first
 from autoenc.errors import InputError
 from autoenc.model import count_parameters, draw, make_model
-from autoenc.model.splats import BatchNorm, SplatAutoencoder, dropout
+from autoenc.model.base import BatchNorm
+from autoenc.model.splats import SplatAutoencoder, dropout
 from autoenc.render import render
 from autoenc.train import train
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from autoenc.config import Config
 
@@ -61,6 +62,25 @@ def made(config: Config, seed: int, *name: str, make: Callable[[], Part]) -> Par
     """A part of a model from a seed of its own, derived from ``seed`` and its name, so that adding a part changes no
     other one's weights; initialised as ``model.init`` says. torch's global random state is left as it was."""
     return seeded(derived_seed(seed, *name), lambda: initialized(make(), config.model.init))
+
+
+class BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch normalisation of (B, C, …) that takes a batch of one, as a last one can be, by its running statistics: one
+    image has none to speak of, and torch raises where it has one position."""
+
+    def _check_input_dim(self, features: Tensor) -> None:
+        """Any number of positions."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        if len(features) > 1 or not self.training:
+            return super().forward(features)
+        return functional.batch_norm(features, self.running_mean, self.running_var, self.weight, self.bias,
+                                     eps=self.eps)
+
+
+def normalisation(channels: int, kind: str) -> nn.Module:
+    """A layer of ``model.norm``: batch, or group with eight groups where the channels divide."""
+    return BatchNorm(channels) if kind == "batch" else nn.GroupNorm(math.gcd(8, channels), channels)
 
 
 def by_channel(latent: Tensor) -> Tensor:

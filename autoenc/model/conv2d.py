@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from autoenc.config import Config, ModelConfig, check_heads
-from autoenc.model.base import LOGVAR_RANGE, Autoencoder, LatentNormalizer, made
+from autoenc.model.base import LOGVAR_RANGE, Autoencoder, LatentNormalizer, made, normalisation
 
 
 def level_channels(config: ModelConfig) -> list[int]:
@@ -18,31 +16,16 @@ def level_channels(config: ModelConfig) -> list[int]:
     return [config.base_channels * 2**level for level in range(config.downsampling_steps)]
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation that takes a batch of one image, as a last one can be, by its running statistics: one image
-    has none to speak of, and torch raises where it has one pixel."""
-
-    def forward(self, features: Tensor) -> Tensor:
-        if len(features) > 1 or not self.training:
-            return super().forward(features)
-        return functional.batch_norm(features, self.running_mean, self.running_var, self.weight, self.bias,
-                                     eps=self.eps)
-
-
-def _norm(channels: int, kind: str) -> nn.Module:
-    return BatchNorm(channels) if kind == "batch" else nn.GroupNorm(math.gcd(8, channels), channels)
-
-
 def _same(inside: int, outside: int, norm: str) -> list[nn.Module]:
-    return [nn.Conv2d(inside, outside, 3, padding=1), _norm(outside, norm), nn.SiLU()]
+    return [nn.Conv2d(inside, outside, 3, padding=1), normalisation(outside, norm), nn.SiLU()]
 
 
 def _down(channels: int, norm: str) -> list[nn.Module]:
-    return [nn.Conv2d(channels, channels, 4, stride=2, padding=1), _norm(channels, norm), nn.SiLU()]
+    return [nn.Conv2d(channels, channels, 4, stride=2, padding=1), normalisation(channels, norm), nn.SiLU()]
 
 
 def _up(inside: int, outside: int, norm: str) -> list[nn.Module]:
-    return [nn.ConvTranspose2d(inside, outside, 4, stride=2, padding=1), _norm(outside, norm), nn.SiLU()]
+    return [nn.ConvTranspose2d(inside, outside, 4, stride=2, padding=1), normalisation(outside, norm), nn.SiLU()]
 
 
 class Encoder(nn.Module):

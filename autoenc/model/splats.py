@@ -3,7 +3,6 @@ vector (B, D)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -18,7 +17,7 @@ from autoenc.config import Config
 from autoenc.data.splat_targets import TARGETS, fit_normalisation, longer_first
 from autoenc.data.splats import COLUMNS, PARTS
 from autoenc.groups import GroupFigures
-from autoenc.model.base import LOGVAR_RANGE, Autoencoder, LatentNormalizer, made
+from autoenc.model.base import LOGVAR_RANGE, Autoencoder, LatentNormalizer, made, normalisation
 from autoenc.render import render
 from autoenc.settings import SPLAT_ENTRY as ENTRY
 from autoenc.settings import SPLAT_HIDDEN as HIDDEN
@@ -33,23 +32,8 @@ CHUNK = 256          # items of a data set at a time: 8 MiB as float64 with 512 
 Part = Callable[..., nn.Module]      # autoenc.model.base.made for one side of a model
 
 
-class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation of (B, C) and (B, C, positions) that takes a batch of one by its running statistics, as that
-    of conv2d does."""
-
-    def forward(self, features: Tensor) -> Tensor:
-        if len(features) > 1 or not self.training:
-            return super().forward(features)
-        return functional.batch_norm(features, self.running_mean, self.running_var, self.weight, self.bias,
-                                     eps=self.eps)
-
-
-def _norm(channels: int, kind: str) -> nn.Module:
-    return BatchNorm(channels) if kind == "batch" else nn.GroupNorm(math.gcd(8, channels), channels)
-
-
 def _convolution(inside: int, outside: int, norm: str) -> list[nn.Module]:
-    return [nn.Conv1d(inside, outside, KERNEL, padding="same"), _norm(outside, norm)]
+    return [nn.Conv1d(inside, outside, KERNEL, padding="same"), normalisation(outside, norm)]
 
 
 def dropout(features: Tensor, rate: float, generator: torch.Generator | None = None) -> Tensor:
@@ -86,7 +70,7 @@ def _activation(model: ModelConfig) -> nn.Module:
 
 
 def _dense(inside: int, model: ModelConfig) -> list[nn.Module]:
-    return [nn.Linear(inside, HIDDEN), _norm(HIDDEN, model.norm), _activation(model)]
+    return [nn.Linear(inside, HIDDEN), normalisation(HIDDEN, model.norm), _activation(model)]
 
 
 class Columns(nn.Module):
@@ -145,7 +129,7 @@ class Decoder(nn.Module):
         self.columns = Columns(model.splat_target)
         self.dense = part("dense", make=lambda: nn.Sequential(
             *_dense(model.latent_dim, model), nn.Linear(HIDDEN, ENTRY * config.data.splats),
-            nn.Unflatten(1, (entry, -1)), _norm(entry, model.norm), _activation(model)))
+            nn.Unflatten(1, (entry, -1)), normalisation(entry, model.norm), _activation(model)))
         self.levels = _levels(part, model, (entry, *filters))
         self.last = part("last", make=lambda: nn.Conv1d(filters[-1], len(self.columns.target.columns), 1))
 
