@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from slurm import Slurm, slurm
 
 from autoenc.errors import InputError
 from autoenc.sweep import walltime
@@ -200,28 +198,6 @@ def test_the_nearer_limit_counts(tmp_path):
 
 # A real Slurm ---------------------------------------------------------------------------------------------------------
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "sinfo", "scontrol")
-SLURM_CONF = """\
-ClusterName=tiny
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
-SlurmdPort={ports[1]}
-AuthInfo=socket={folder}/munge/socket
-SlurmUser=root
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-MpiDefault=none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
-SchedulerParameters=batch_sched_delay=0,sched_min_interval=0
-NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
-"""
 # In every job: what this version sets, what it tells, and what is made of it with and without the variable.
 JOB = """\
 import json, os, subprocess, time
@@ -241,83 +217,25 @@ time.sleep(3 if "SLURM_ARRAY_JOB_ID" in os.environ else 0)           # so that i
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory) -> Iterator[Path]:
-    """A Slurm of one node, on ports and a munge key of its own; yields its folder, with ``slurm.conf``."""
-    missing = [name for name in PROGRAMS if shutil.which(name) is None]
-    if missing:
-        pytest.skip(f"no {', '.join(missing)} here (Debian: slurmctld, slurmd, slurm-client, munge)")
-    if os.geteuid() != 0:
-        pytest.skip("slurmd and munged are started as root")
-    folder = tmp_path_factory.mktemp("slurm")
-    for name in ("munge", "state", "spool", "cgroup"):
-        (folder / name).mkdir()
-    (folder / "munge" / "key").write_bytes(os.urandom(256))
-    (folder / "munge" / "key").chmod(0o600)
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
-        ports = one.getsockname()[1], two.getsockname()[1]
-    host = socket.gethostname().split(".")[0]
-    (folder / "slurm.conf").write_text(SLURM_CONF.format(host=host, ports=ports, folder=folder))
-    (folder / "cgroup.conf").write_text(f"CgroupPlugin=cgroup/v1\nCgroupMountpoint={folder}/cgroup\n")
-    (folder / "job.py").write_text(JOB)
-    kept = folder / "munge"
-    daemons = []
-    try:
-        for name, *arguments in (
-                ("munged", "--foreground", "--force", f"--key-file={kept}/key", f"--socket={kept}/socket",
-                 f"--pid-file={kept}/pid", f"--log-file={kept}/log", f"--seed-file={kept}/seed"),
-                ("slurmctld", "-D", "-f", f"{folder}/slurm.conf"),
-                ("slurmd", "-D", "-f", f"{folder}/slurm.conf")):
-            with (folder / f"{name}.log").open("wb") as log:
-                daemons.append(subprocess.Popen([name, *arguments], env=_environ(folder), stdin=subprocess.DEVNULL,
-                                                stdout=log, stderr=log))
-            if name == "munged":
-                _wait(lambda: (kept / "socket").exists(), daemons, folder)
-        _wait(lambda: "idle" in _run(folder, "sinfo", "-h", "-o", "%T", check=False), daemons, folder)
-        yield folder
-    finally:
-        for daemon in reversed(daemons):
-            daemon.terminate()
-            try:
-                daemon.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
+def batch() -> Iterator[Slurm]:
+    with slurm(["n1"], cpus=2) as system:
+        (system.folder / "job.py").write_text(JOB)
+        yield system
 
 
-def _environ(folder: Path) -> dict[str, str]:
-    """Of this Slurm, and of no job that the tests may themselves run in."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "LSB_"))}
-    return kept | {"SLURM_CONF": f"{folder}/slurm.conf"}
-
-
-def _run(folder: Path, *arguments: str, check: bool = True) -> str:
-    return subprocess.run(arguments, env=_environ(folder), check=check, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, timeout=60).stdout
-
-
-def _wait(ready, daemons: list[subprocess.Popen], folder: Path, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not ready():
-        ended = [daemon.args[0] for daemon in daemons if daemon.poll() is not None]
-        if ended or time.monotonic() > deadline:
-            logs = "\n".join(path.read_text(errors="replace")[-2000:] for path in sorted(folder.glob("*.log")))
-            pytest.fail(f"no Slurm came up ({', '.join(ended) or 'in time'}):\n{logs}")
-        time.sleep(0.2)
-
-
-def _submit(folder: Path, name: str, *options: str) -> list[dict]:
+def _submit(batch: Slurm, name: str, *options: str) -> list[dict]:
     """Run the job and wait for it; what it printed, for each of its array's elements."""
-    root = Path(walltime.__file__).parents[2]
-    told = _run(folder, "sbatch", "--wait", "-o", f"{folder}/{name}.%A_%a.out", *options, f"--chdir={folder}",
-                f"--wrap=PYTHONPATH={root} {sys.executable} {folder}/job.py")
+    folder, root = batch.folder, Path(walltime.__file__).parents[2]
+    told = batch.run("sbatch", "--wait", "-o", f"{folder}/{name}.%A_%a.out", *options, f"--chdir={folder}",
+                     f"--wrap=PYTHONPATH={root} {sys.executable} {folder}/job.py")
     outputs = [path.read_text() for path in sorted(folder.glob(f"{name}.*.out"))]
     assert outputs, told
     return [json.loads(output) for output in outputs]
 
 
 @pytest.mark.slow
-def test_in_a_real_slurm_job(slurm):
-    (told,) = _submit(slurm, "limited", "-t", "3")
+def test_in_a_real_slurm_job(batch):
+    (told,) = _submit(batch, "limited", "-t", "3")
     for way, (seconds, source) in told["limits"].items():
         assert 150 < seconds <= 180 and source == f"Slurm job {told['job']}", way
     assert parse_slurm_time_left(told["left"]) is not None
@@ -325,18 +243,18 @@ def test_in_a_real_slurm_job(slurm):
 
 
 @pytest.mark.slow
-def test_in_a_real_slurm_job_without_limit_and_with_days(slurm):
-    (told,) = _submit(slurm, "unlimited", "-t", "UNLIMITED")
+def test_in_a_real_slurm_job_without_limit_and_with_days(batch):
+    (told,) = _submit(batch, "unlimited", "-t", "UNLIMITED")
     assert told["left"].strip() == "UNLIMITED" and set(told["limits"].values()) == {None}
-    (told,) = _submit(slurm, "days", "-t", "1-02:03:00")
+    (told,) = _submit(batch, "days", "-t", "1-02:03:00")
     assert told["left"].startswith("1-02:0")
     for seconds, _ in told["limits"].values():
         assert DAY + 2 * HOUR + 150 < seconds <= DAY + 2 * HOUR + 180
 
 
 @pytest.mark.slow
-def test_in_a_real_slurm_job_array_each_element_asks_for_itself(slurm):
-    elements = _submit(slurm, "array", "-t", "3", "--array=1-2")
+def test_in_a_real_slurm_job_array_each_element_asks_for_itself(batch):
+    elements = _submit(batch, "array", "-t", "3", "--array=1-2")
     assert len({told["job"] for told in elements}) == 2
     assert any("\n" in told["left"].strip() for told in elements)  # the number of one stands for both
     for told in elements:
