@@ -183,6 +183,7 @@ class Job:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_sweep_over_hosts_of_lsf(hosts, tmp_path):
     """Three hosts, one of them with another version of Ray: a sweep over the two others. LSF's warning ends it, with
     the exit code that puts the job into the queue again; run again, it trains the rest."""

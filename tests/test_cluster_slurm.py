@@ -86,6 +86,7 @@ def check(project: Project, running: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_job_that_is_cancelled_goes_on_when_submitted_again(batch, project):
     job = submit(batch, project, nodes=2)
     until(both_train(project), batch, project, job, "epochs on both nodes")
@@ -102,6 +103,7 @@ def test_a_job_that_is_cancelled_goes_on_when_submitted_again(batch, project):
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_job_whose_time_is_over_puts_itself_into_the_queue_again(batch, project):
     project.sweep({name: ARMS[name] for name in "AB"}, resources={"cpus": 1, "gpus": 0})
     job = submit(batch, project, nodes=1, AUTOENC_RESUBMIT="1")
@@ -114,6 +116,7 @@ def test_a_job_whose_time_is_over_puts_itself_into_the_queue_again(batch, projec
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_node_that_goes_away_is_done_without(batch, project):
     job = submit(batch, project, nodes=2)
     until(both_train(project), batch, project, job, "epochs on both nodes")

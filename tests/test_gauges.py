@@ -327,6 +327,7 @@ def head(folder: Path, env: dict[str, str]) -> Iterator[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @NEEDS_PROMETHEUS
 def test_prometheus_knows_the_best_objective_of_a_sweep(tmp_path, project):
     config = tmp_path / "prometheus.yml"

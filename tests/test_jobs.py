@@ -254,6 +254,7 @@ def head(tmp_path_factory) -> Iterator[Service]:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_sweep_as_a_job(head):
     (head.project / "outputs").mkdir()
     (head.project / "outputs" / "large.pt").write_bytes(bytes(1000))
@@ -274,6 +275,7 @@ def test_a_sweep_as_a_job(head):
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_job_that_was_given_something_wrong_fails_and_says_what(head):
     head.write(wrong={"name": "wrong", "arms": {"A": {"train.learning_rat": 1e-3}}})
     done = head.submit("wrong", "wrong")
@@ -287,6 +289,7 @@ def test_a_job_that_was_given_something_wrong_fails_and_says_what(head):
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_job_without_the_token_does_not_get_in(head):
     env = {**head.env, "RAY_AUTH_TOKEN_PATH": str(head.folder / "other")}
     (head.folder / "other").write_text("not-the-token")
@@ -297,6 +300,7 @@ def test_a_job_without_the_token_does_not_get_in(head):
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_job_that_is_stopped_goes_on_where_it_was(head):
     head.write(long={"name": "long", "arms": arms(2, 10), "config": {"train": {"epochs": 30}}})
     head.submit("stopped", "long", wait=False)
@@ -329,6 +333,7 @@ def watch(head: Service, *jobs: str) -> list[dict[str, int]]:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_two_sweeps_keep_to_their_slots(head):
     for name, start in (("left", 20), ("right", 30)):
         head.write(**{name: {"name": name, "arms": arms(4, start), "config": {"train": {"epochs": 20}}}})
@@ -358,6 +363,7 @@ def held(head) -> Iterator[Callable[[str, int], None]]:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_sweep_runs_on_what_others_leave(head, held):
     """It counts two slots, and one is never free."""
     held("half", 1)
@@ -369,6 +375,7 @@ def test_a_sweep_runs_on_what_others_leave(head, held):
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_sweep_waits_until_others_are_done_and_says_so(head, held):
     held("all", 2)
     head.write(patient={"name": "patient", "arms": arms(4, 50), "config": {"train": {"epochs": 20}}})
@@ -384,6 +391,7 @@ def test_a_sweep_waits_until_others_are_done_and_says_so(head, held):
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_cluster_grows_from_no_worker_to_the_slots_asked_for(tmp_path):
     """Ray's own autoscaler, with nodes that are processes of this machine."""
     with service(tmp_path, 0, grows=True) as head:

@@ -234,6 +234,7 @@ def _submit(batch: Slurm, name: str, *options: str) -> list[dict]:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_in_a_real_slurm_job(batch):
     (told,) = _submit(batch, "limited", "-t", "3")
     for way, (seconds, source) in told["limits"].items():
@@ -243,6 +244,7 @@ def test_in_a_real_slurm_job(batch):
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_in_a_real_slurm_job_without_limit_and_with_days(batch):
     (told,) = _submit(batch, "unlimited", "-t", "UNLIMITED")
     assert told["left"].strip() == "UNLIMITED" and set(told["limits"].values()) == {None}
@@ -253,6 +255,7 @@ def test_in_a_real_slurm_job_without_limit_and_with_days(batch):
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_in_a_real_slurm_job_array_each_element_asks_for_itself(batch):
     elements = _submit(batch, "array", "-t", "3", "--array=1-2")
     assert len({told["job"] for told in elements}) == 2
