@@ -84,9 +84,14 @@ def _add_marks(chart: Chart, ends: Sequence[tuple[Trial, int, float | None]], na
                     for (trial, *_), note in zip(ends, notes, strict=True)])
 
 
-def split_chart(race: Snapshot, decision: Mapping[str, Any], colours: Mapping[str, str],
-                name: str = "mse") -> Chart | None:
-    """A figure of training (dotted) and validation (solid) by epoch, each arm's first seed; None where unknown."""
+def split_figure(race: Snapshot) -> str:
+    """The error that training and validation both report: ``mse``; ``splats`` where nothing is rendered to train."""
+    return "splats" if any("train/splats" in row for run in race.runs.values() for row in run.rows[:1]) else "mse"
+
+
+def split_chart(race: Snapshot, decision: Mapping[str, Any], colours: Mapping[str, str]) -> Chart | None:
+    """The error of training (dotted) and validation (solid) by epoch, each arm's first seed; None where unknown."""
+    name = split_figure(race)
     dashes = {f"val/{name}": "solid", f"train/{name}": "dot"}
     trials = [trial for trial in first_seeds(shown_trials(race, decision))
               if any(metric in row for row in trial.run.rows for metric in dashes)]

@@ -25,6 +25,8 @@ from autoenc.sweep.words import percent
 from autoenc.trajectory import collapsed_at
 from autoenc.yamlfile import dump_yaml
 
+SPLIT_WORDS = {"mse": "Mean squared error", "splats": "Error of the splats (loss.splats)"}
+
 
 def write_report(path: Path, race: Race, decision: Mapping[str, Any], *, winner: Winner | None, dataset_words: str,
                  command: str, remarks: Sequence[Remark] = (), state: str = "decided") -> None:
@@ -62,6 +64,7 @@ def render(race: Race, decision: Mapping[str, Any], *, winner: Winner | None, da
         best=intervals.against_best(standing, decision), baseline=intervals.against_baseline(standing, decision),
         figures=candidates.figure_names(standing), candidates=candidates.candidate_rows(standing, decision),
         drawn=len(drawn), rungs=standing.rungs.epochs, curve_metric=curves.curve_metric(standing), charts=figures,
+        split_words=SPLIT_WORDS[curves.split_figure(standing)],
         costs=tradeoffs.costs(standing, decision), cost_names=tradeoffs.COSTS,
         importance=searched.importance(standing) if decided and searched.sampled(standing) else [],
         posteriors=posteriors.diagnoses(standing, decision),
