@@ -46,6 +46,17 @@ def data_shapes(dataset: Dataset) -> dict[str, Any]:
             "palette": None if dataset.palette is None else dataset.palette.tolist()}
 
 
+def check_splats(path: str | os.PathLike, config: Config, dataset: Dataset) -> None:
+    """Raise :class:`InputError` where a checkpoint's model takes other splats than the data has. ``config``: the one
+    that it was trained with."""
+    if config.takes_splats:
+        count, size = dataset.splats.shape[1], dataset.images.shape[1]
+        if (count, size) != (config.data.splats, config.data.image_size):
+            raise InputError(f"{path}: the model takes {config.data.splats} splats an image and renders "
+                             f"{config.data.image_size} px, and the data has {count} at {size} px (data.splats, "
+                             "data.image_size)")
+
+
 def checkpoint_content(config: Config, shapes: Mapping[str, Any], model: Autoencoder, *, epoch: int,
                        metrics: Mapping[str, float], **resume: Mapping[str, Any]) -> dict[str, Any]:
     """A checkpoint of this state, copied to the CPU: training on does not change it. ``resume``: what going on from it

@@ -25,7 +25,7 @@ import torch
 from filelock import Timeout
 from torch import Tensor
 
-from autoenc.checkpoint import load_model
+from autoenc.checkpoint import check_splats, load_model
 from autoenc.config import Config, make_config
 from autoenc.data import Dataset, prepare
 from autoenc.errors import InputError, command
@@ -181,6 +181,7 @@ def main(arguments: list[str]) -> int:
             raise
         raise InputError(f"{path}: the data that it was trained with:\n{error}\nother data, or where it is now: as "
                          "second argument") from None
+    check_splats(path, model.config, dataset)
     count = len(dataset.images)
     if config.data.filters:
         print(f"data.filters: {config.data.filters}: {count:,} images match")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from autoenc.checkpoint import data_shapes, load_model, read_checkpoint
+from autoenc.checkpoint import check_splats, data_shapes, load_model, read_checkpoint
 from autoenc.config import Config, flatten, make_config
 from autoenc.data import SPLITS, Dataset, prepare
 from autoenc.errors import InputError, command
@@ -89,16 +89,8 @@ def json_text(found: Mapping[str, Any]) -> str:
 
 
 def check_shapes(path: Path, config: Config, shapes: Mapping[str, Any], dataset: Dataset) -> None:
-    """Raise :class:`InputError` where the data's classes or labels are not those that a head was trained for, or its
-    splats are others than the model takes. Data without classes or labels is accepted: the head's figures are left
-    out."""
-    size = config.data.image_size
-    if config.takes_splats and (dataset.splats is None or dataset.splats.shape[1] != config.data.splats
-                                or dataset.images.shape[1] != size):
-        have = "images" if dataset.splats is None else \
-            f"{dataset.splats.shape[1]} splats an image, rendered at {dataset.images.shape[1]} px"
-        raise InputError(f"{path}: the model takes {config.data.splats} splats an image and renders {size} px, and the "
-                         f"data has {have} (data.source, data.splats, data.image_size)")
+    """Raise :class:`InputError` where the data's classes or labels are not those that a head was trained for. Data
+    without any is accepted: the head's figures are left out."""
     present = data_shapes(dataset)
     for head, names, key in (("segmentation", "classes", "data.palette"),
                              ("classification", "labels", "data.label_column")):
@@ -140,6 +132,7 @@ def main(arguments: list[str]) -> int:
             raise
         raise InputError(f"{path}: the data that it was trained with:\n{error}\n"
                          "other data, or where it is now: --set data.manifest=PATH") from None
+    check_splats(path, model.config, dataset)
     check_shapes(path, config, content["shapes"], dataset)
     if not any(len(dataset.splits[split]) for split in HELD_OUT):
         raise InputError(f"data.split: {list(config.data.split)} leaves no image in val and test")

@@ -315,7 +315,7 @@ def test_broken_files_are_told_together(tmp_path, sets, cache):
     spoil(3, **{name: array[:9] for name, array in good.items()})
     headers = ["row 2: x/00.npz: there is no array rot", f"row 3: x/01.npz: xy has the shape ({EACH}, 3)",
                "row 4: x/02.npz: feat is of int64",
-               f"row 5: x/03.npz: xy holds 9 splats, {EACH} are expected (data.splats says how many"]
+               f"row 5: x/03.npz: the file holds 9 splats, {EACH} are expected (data.splats says how many"]
     (tmp_path / "x/04.npz").write_bytes((tmp_path / "x/04.npz").read_bytes()[:300])
     headers.append("row 6: x/04.npz: no .npz file")
     spoil(5, xy=np.full((EACH, 2), np.nan))

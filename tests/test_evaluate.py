@@ -368,3 +368,16 @@ def test_data_that_is_gone_or_of_other_kinds(tmp_path, monkeypatch):
     (tmp_path / "items.csv").unlink()
     with pytest.raises(InputError, match=r"(?s)model.pt: the data.*items.csv.*no such file.*--set data.manifest=PATH"):
         main([str(path)])
+
+
+def test_splats_of_another_number_or_size_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("AUTOENC_CACHE", str(tmp_path / "cache"))
+    config = small_config(data__source="splats", data__splats=32, data__limit=40, model__kind="conv1d",
+                          model__latent_dim=4, loss__mse=0.0, loss__splats=1.0)
+    dataset = prepare(config.data)
+    path = tmp_path / "model.pt"
+    save_checkpoint(path, checkpoint_content(config, data_shapes(dataset), build_model(config, dataset), epoch=1,
+                                             metrics={}))
+    for setting, have in (("data.splats=64", "64 at 16 px"), ("data.image_size=24", "32 at 24 px")):
+        with pytest.raises(InputError, match=f"takes 32 splats an image and renders 16 px, and the data has {have}"):
+            main([str(path), "--set", setting])

@@ -83,10 +83,13 @@ def _read(archive: zipfile.ZipFile, count: int, values: bool) -> np.ndarray | No
     missing = [name for name in PARTS if name not in there]
     if missing:
         raise BrokenSplats("; ".join(f"there is no array {name}{did_you_mean(name, there)}" for name in missing))
-    faults = []
+    faults: list[str] = []
     for name in PARTS:
         with archive.open(f"{name}.npy") as member:
             faults += _header_faults(name, member, count)
+    said = {fault.partition(" ")[2] for fault in faults}
+    if len(faults) == len(PARTS) and len(said) == 1:         # one thing is wrong, and every array says it
+        faults = [f"the file {said.pop()}"]
     if faults:
         raise BrokenSplats("; ".join(faults))
     if not values:
