@@ -136,13 +136,19 @@ def check_output(output: Path) -> None:
 
 def check_data(specs: list[Spec]) -> None:
     """Look at every data set of the chain before anything starts."""
-    seen = []
+    for settings in data_settings(specs):
+        data.check(settings)
+
+
+def data_settings(specs: list[Spec]) -> list[DataConfig]:
+    """The data sets of the chain, each once."""
+    found = []
     for spec in specs:
         start = inherit.starting_point(spec, None)
         settings = inherit.make_candidate(spec, start, "start", {}).config.data
-        if settings not in seen:
-            data.check(settings)
-            seen.append(settings)
+        if settings not in found:
+            found.append(settings)
+    return found
 
 
 def dry_run(console: Console, specs: list[Spec], output: Path) -> int:
@@ -160,12 +166,18 @@ def dry_run(console: Console, specs: list[Spec], output: Path) -> int:
 
 def show_plan(console: Console, phase: Phase, race: Race | None, cluster: Cluster | None = None) -> None:
     pace = phase.store.seconds_per_epoch([run.key for run in race.runs.values()]) if race else None
-    slots = cluster.share(phase.spec.resources, len(race.runs))[2] if race and cluster else None
+    slots = _slots(race, cluster) if race and cluster else None
     words = plan.data_in_words(phase.dataset) if phase.dataset else ""
     if race:
         plan.check_space(phase.spec, race, slots or 1, phase.output)
     plan.show_plan(console, phase.spec, phase.arms, phase.parent, race, slots, pace, words, phase.reasons,
                    plan.free_space(phase.output))
+
+
+def _slots(race: Race, cluster: Cluster) -> int:
+    from autoenc.sweep import run_ray
+
+    return run_ray.share(race, cluster)[2]
 
 
 class Runner:
@@ -193,6 +205,7 @@ class Runner:
             self.join_cluster()
             race = phase.race(device_kind(spec, self.cluster))
             self.try_own(race)
+            self.share_gpus(race)
         show_plan(self.console, phase, race, self.cluster)
         with phase.writing() as folder:
             race = phase.race(device_kind(spec, self.cluster), folder.emit)
@@ -222,16 +235,28 @@ class Runner:
 
     def try_own(self, race: Race) -> None:
         """Models and losses of one's own are tried on a worker. Raises :class:`InputError`."""
+        if not any(run.config.own for run in race.runs.values()):
+            return
         from autoenc.sweep import run_ray
 
-        with self.console.status("looking for models of one's own …"):
+        with self.console.status("trying models and losses of one's own …"):
             own.check(race, partial(run_ray.apart, race, self.cluster))
+
+    def share_gpus(self, race: Race) -> None:
+        """See how many trials are to share a GPU."""
+        if not self.cluster.gpus:
+            return
+        from autoenc.sweep import run_ray
+
+        with self.console.status("measuring what a trial takes of a GPU …"):
+            self.cluster = run_ray.pack(race, self.cluster, partial(
+                self.console.print, highlight=False, markup=False, soft_wrap=True))
 
     def train(self, phase: Phase, race: Race) -> None:
         """Run on the cluster what the race asks for, shown live."""
         from autoenc.sweep import run_ray
 
-        progress = live.Progress(self.console, race, self.cluster.share(phase.spec.resources, len(race.runs))[2])
+        progress = live.Progress(self.console, race, _slots(race, self.cluster))
         linked, budget = len(race.trials), StoreBudget(self.output, phase.spec.name, phase.spec.resources.store_gb)
         ended = {run.id for run in race.runs.values() if run.ended}
         page = Watched(lambda state: self.report_so_far(phase, race, state), progress.say)
@@ -252,8 +277,9 @@ class Runner:
         self.console.print()
         try:
             with progress.shown():
-                run_ray.run(race, self.cluster, folder=phase.folder.path, output=self.output, deadline=self.deadline,
-                            dataset=phase.dataset, changed=changed, say=progress.say)
+                self.cluster = run_ray.run(
+                    race, self.cluster, folder=phase.folder.path, output=self.output, deadline=self.deadline,
+                    dataset=phase.dataset, changed=changed, say=progress.say)
         except BaseException:
             with suppress(OSError):             # it may be what there is to tell
                 phase.folder.write_trials(race)
@@ -338,6 +364,10 @@ class Runner:
                 self.cluster.share(spec.resources, 1)
             except InputError as error:
                 raise InputError(f"{spec.path}: {error}") from None
+        if not self.cluster.local:
+            with self.console.status("looking whether every node sees the output folder and the data …"):
+                run_ray.check_visible(self.cluster, [spec.resources for spec in self.specs], self.output,
+                                      data_settings(self.specs))
         if self.cluster.dashboard:
             self.console.print(f"Ray dashboard {self.cluster.dashboard} (its token: ray get-auth-token)", style="dim")
         if self.cluster.metrics:

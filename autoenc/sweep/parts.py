@@ -152,6 +152,7 @@ class Asha(Section):
 class Resources(Section):
     cpus: Annotated[int, Field(ge=1, le=100_000)] = 1
     gpus: Annotated[float | Literal["auto"], BeforeValidator(_gpus)] = "auto"
+    """of a trial; auto: one where there are enough, else a share by what a trial takes of it (autoenc.sweep.gpu)"""
     store_gb: Annotated[float | None, Field(gt=0), BeforeValidator(lambda value: None if value == "none" else value)] \
         = 20.0
     """how large the store may get before checkpoints of trials that lost give way, 10⁹ bytes; none: without limit"""

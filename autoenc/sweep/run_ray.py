@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoenc.custom import arrive, for_workers
 from autoenc.errors import InputError
 from autoenc.interrupts import Deadline, interrupt, leave_warnings_to_us, take_signals
+from autoenc.sweep import gpu, packing, plan, visible
 from autoenc.sweep.gauges import Gauges
+from autoenc.sweep.packing import Cluster, Node
 from autoenc.sweep.race import Race
 from autoenc.sweep.spec import Resources
 from autoenc.sweep.standing import Run
@@ -30,6 +33,7 @@ from autoenc.sweep.work import Task, work
 
 if TYPE_CHECKING:
     from autoenc.data import Dataset
+    from autoenc.settings import DataConfig
 
 # Before ray is imported: Tune's own files, its own signal handler and its chatter are not wanted.
 os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -43,44 +47,11 @@ from ray.autoscaler.sdk import request_resources
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.util.metrics import Gauge
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 RESTARTS = 3                    # of a worker that died
 WAITING_SECONDS = 30.0          # without any worker until it is said; to start one takes seconds
 GROWTH_SECONDS = 900.0          # for a cluster that grows on demand to bring its first node
-
-
-@dataclass(frozen=True)
-class Cluster:
-    cpus: int
-    gpus: float
-    dashboard: str | None
-    local: bool
-    slots: int | None = None        # trials at once that this command may take; None: what there is
-    grows: bool = False             # brings nodes for so many slots as trials wait for them
-    metrics: str | None = None      # what the agent of the driver's node tells Prometheus
-
-    def share(self, resources: Resources, runs: int) -> tuple[int, float, int]:
-        """CPUs and GPUs of one trial and the number of slots, for so many runs. What other commands hold at the moment
-        is not taken off: trials wait for it.
-
-        Raises :class:`InputError` where the cluster can never give what one trial asks for.
-        """
-        gpus = resources.gpus
-        if self.slots is not None:
-            runs = min(runs, self.slots)
-        if self.grows:
-            return resources.cpus, (1.0 if self.gpus else 0.0) if gpus == "auto" else float(gpus), self.slots
-        if gpus == "auto":
-            # As many GPUs as there are; several trials share one only when there are more trials than GPUs.
-            gpus = 0.0 if not self.gpus else 1.0 if runs <= self.gpus else 0.5
-        if resources.cpus > self.cpus:
-            raise InputError(f"resources.cpus: {resources.cpus} a trial, but the cluster has {self.cpus}")
-        if gpus > self.gpus:
-            raise InputError(f"resources.gpus: {gpus:g} a trial, but the cluster has {self.gpus:g}")
-        slots = self.cpus // resources.cpus
-        if gpus:
-            slots = min(slots, int(self.gpus / gpus + 1e-9))
-        return resources.cpus, float(gpus), max(1, min(slots, self.slots or slots))
 
 
 @contextmanager
@@ -101,19 +72,41 @@ def cluster(address: str | None, dashboard_host: str = "127.0.0.1", slots: int |
             context = ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False,
                                configure_logging=True, **own)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"--address {address}: cannot join: {first}" if address else
-                         f"a local Ray cannot be started: {first}") from None
+        why = _why(error)
+        raise InputError(f"--address {address}: cannot join: {why}" if address else
+                         f"a local Ray cannot be started: {why}") from None
     finally:
         take_signals()           # ray.init takes SIGTERM for itself
     try:
         total = ray.cluster_resources() if first is None else grown(first)
         url = context.dashboard_url
         yield Cluster(int(total.get("CPU", 0)), total.get("GPU", 0.0), f"http://{url}" if url else None,
-                      address is None, slots, first is not None, _metrics_url(context.address_info))
+                      address is None, slots, first is not None, _metrics_url(context.address_info), _nodes())
     finally:
         with _quiet():
             ray.shutdown()
+
+
+def _why(error: Exception) -> str:
+    """Why Ray cannot be joined, in one line."""
+    versions = re.findall(r"Ray: (\S+)\s+Python: (\S+)", str(error))
+    if len(versions) == 2:
+        (theirs, their_python), (ours, our_python) = versions
+        return (f"it runs Ray {theirs} on Python {their_python}, this command Ray {ours} on Python {our_python}, and "
+                "both must be the same: run the command in the environment that the cluster was started from, or start "
+                "the cluster from this one")
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _nodes() -> tuple[Node, ...]:
+    found = []
+    for node in ray.nodes():
+        has = node["Resources"] if node["Alive"] else {}
+        kinds = sorted(name.partition(":")[2] for name in has if name.startswith("accelerator_type:"))
+        if has:
+            found.append(Node(node["NodeID"], node["NodeManagerHostname"], int(has.get("CPU", 0)), has.get("GPU", 0.0),
+                              kinds[0] if kinds else ""))
+    return tuple(found)
 
 
 def grown(first: Resources) -> dict[str, float]:
@@ -157,18 +150,37 @@ def _quiet() -> Iterator[None]:
 
 def run(race: Race, here: Cluster, *, folder: Path, output: Path, deadline: Deadline | None = None,
         dataset: Dataset | None = None, changed: Callable[[], None] = lambda: None,
-        say: Callable[[str], None] = lambda text: None) -> None:
+        say: Callable[[str], None] = lambda text: None) -> Cluster:
     """Run all that the race still asks for. ``changed`` is called after every event of it, ``say`` with what a person
     should know. No epoch is begun that would not end before the ``deadline``. ``dataset``: what workers must find
     when they open the data; without it they are believed.
 
+    Where trials share a GPU by ``gpus: auto`` and one runs out of its memory, all end after their epoch and go on from
+    the store with half as many on a GPU. Returns the cluster as it was shared in the end.
+
     Raises KeyboardInterrupt when interrupted or when the deadline ends it, OSError where the output cannot be written.
     """
-    resources = race.spec.resources
-    cpus, gpus, slots = here.share(resources, max(1, len(race.runs)))
+    while True:
+        driver = _fit(race, here, folder, output, deadline, dataset, changed, say)
+        if driver.broken:
+            raise driver.broken
+        if driver.out_of_time and not race.done:
+            raise interrupt(f"{deadline.source} is nearly over")
+        if not driver.crowded:
+            return here
+        here = replace(here, packing=driver.together // 2)
+        say(f"{', '.join(driver.crowded)}: out of GPU memory with {packing.trials(driver.together)} a GPU; the sweep "
+            f"goes on from the store with {here.packing}")
+
+
+def _fit(race: Race, here: Cluster, folder: Path, output: Path, deadline: Deadline | None, dataset: Dataset | None,
+         changed: Callable[[], None], say: Callable[[str], None]) -> _Driver:
+    """Let Tune run the race, until it is done or for some reason not to go on."""
+    cpus, gpus, slots = share(race, here)
     images, data = (len(dataset.splits["train"]), dataset.fingerprint) if dataset else (None, "")
-    driver = _Driver(race, output=str(output), threads=cpus, device="cuda" if gpus else "cpu", deadline=deadline,
-                     data=data, gauges=Gauges(race, slots, Gauge, images=images, say=say), changed=changed, say=say)
+    driver = _Driver(race, output=str(output), folder=str(folder), threads=cpus, device="cuda" if gpus else "cpu",
+                     together=here.together(race.spec.resources, _at_once(race)), deadline=deadline, data=data,
+                     gauges=Gauges(race, slots, Gauge, images=images, say=say), changed=changed, say=say)
     scratch = folder / ".tune"
     shutil.rmtree(scratch, ignore_errors=True)
     tuner = tune.Tuner(
@@ -187,10 +199,73 @@ def run(race: Race, here: Cluster, *, folder: Path, output: Path, deadline: Dead
     finally:
         driver.gauges.report()
         shutil.rmtree(scratch, ignore_errors=True)
-    if driver.broken:
-        raise driver.broken
-    if driver.out_of_time and not race.done:
-        raise interrupt(f"{deadline.source} is nearly over")
+    return driver
+
+
+def share(race: Race, here: Cluster) -> tuple[int, float, int]:
+    """CPUs and GPUs of one trial of a race, and how many run at once (see :meth:`Cluster.share`)."""
+    return here.share(race.spec.resources, _at_once(race))
+
+
+def _at_once(race: Race) -> int:
+    """How many runs there may be at once: those known, and points that are still to be drawn."""
+    return max(1, len(race.runs), race.spec.trials)
+
+
+def pack(race: Race, here: Cluster, say: Callable[[str], None]) -> Cluster:
+    """The cluster with as many trials on a GPU as fit and pay, by a measurement of the largest of those that wait, on a
+    GPU of each kind. Nothing is measured where GPUs are given by number, or where there are enough of them.
+
+    ``say`` is told, in one line, what was chosen and why; where nothing can be measured, it is one trial a GPU. It is
+    also told of precisions that do not suit the GPUs.
+    """
+    spec, waiting = race.spec, [run.config for run in race.runs.values() if not run.ended]
+    drawn = spec.space.get("train.precision")
+    precisions = {*(config.train.precision for config in waiting), *(drawn.choices if drawn else ())}
+    if spec.resources.gpus != 0 and (warning := packing.precision_warning(precisions, here.kinds)):
+        say(f"! {warning}")
+    shared = spec.resources.gpus == "auto" and here.gpus and not here.grows
+    enough = here.enough(_at_once(race)) if shared else 1
+    if enough == 1 or not waiting:
+        return here
+    largest = max(waiting, key=lambda config: (plan.parameters(config), config.train.batch_size)).flat()
+    try:
+        uses = [_call(spec.resources.cpus, 1.0, gpu.measure, largest, seconds=gpu.LIMIT_SECONDS, kind=kind)
+                for kind in here.kinds or [None]]
+    except Exception as error:                  # of Ray's many kinds, and what training raises
+        cause = getattr(error, "cause", None) or error
+        first = (str(cause).strip().splitlines() or [""])[0]
+        say(f"1 trial a GPU: what one takes cannot be measured ({type(cause).__name__}: {first}); resources.gpus: 0.5 "
+            "would run two")
+        return replace(here, packing=1)
+    number, words = packing.choose(uses, here.beside(spec.resources.cpus), enough)
+    say(words)
+    return replace(here, packing=number)
+
+
+def check_visible(here: Cluster, resources: Sequence[Resources], output: Path, data: Sequence[DataConfig]) -> None:
+    """Raise :class:`InputError` where a node that trials with some of these resources may run on does not see the
+    output folder or the data."""
+    wanted = [here.share(each, 1)[:2] for each in resources]
+    nodes = [node for node in here.nodes if any(node.room(cpus, gpus) for cpus, gpus in wanted)]
+
+    def everywhere(function: Callable[..., Any], *task: Any, seconds: float) -> list[tuple[str, Any]]:
+        calls = {ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(
+            node.id, soft=False))(function).remote(*task): node for node in nodes}
+        ended, _ = ray.wait(list(calls), num_returns=len(calls), timeout=seconds) if calls else ([], [])
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        answers = []
+        for call, node in calls.items():
+            if node.id not in alive:            # trials will not run there either
+                continue
+            try:
+                answer = ray.get(call) if call in ended else TimeoutError(f"no answer within {seconds:g} s")
+            except Exception as error:
+                answer = error
+            answers.append((node.host, answer))
+        return answers
+
+    visible.check(output, data, everywhere)
 
 
 def apart(race: Race, here: Cluster, function: Callable[..., Any], *task: Any, seconds: float) -> Any:
@@ -198,9 +273,15 @@ def apart(race: Race, here: Cluster, function: Callable[..., Any], *task: Any, s
 
     Raises what it raises, RayError where its process died, TimeoutError after so many seconds.
     """
-    cpus, gpus, _ = here.share(race.spec.resources, max(1, len(race.runs)))
+    cpus, gpus, _ = share(race, here)
+    return _call(cpus, gpus, function, *task, seconds=seconds)
+
+
+def _call(cpus: int, gpus: float, function: Callable[..., Any], *task: Any, seconds: float,
+          kind: str | None = None) -> Any:
+    """The same with these resources, on a node with GPUs of this kind."""
     # An actor rather than a task: to end a task by force that has just ended crashes Ray's driver.
-    caller = ray.remote(num_cpus=cpus, num_gpus=gpus)(_Caller).remote()
+    caller = ray.remote(num_cpus=cpus, num_gpus=gpus, accelerator_type=kind)(_Caller).remote()
     try:
         return ray.get(caller.call.remote(for_workers(), function, *task, cpus, "cuda" if gpus else "cpu"),
                        timeout=seconds)
@@ -218,11 +299,14 @@ class _Caller:
 class _Driver:
     """What scheduler, searcher and callback share: which Tune trial stands for which run, and why no more may start."""
 
-    def __init__(self, race: Race, *, output: str, threads: int, device: str, deadline: Deadline | None, data: str,
-                 gauges: Gauges, changed: Callable[[], None], say: Callable[[str], None]) -> None:
+    def __init__(self, race: Race, *, output: str, folder: str, threads: int, device: str, together: int,
+                 deadline: Deadline | None, data: str, gauges: Gauges, changed: Callable[[], None],
+                 say: Callable[[str], None]) -> None:
         self.race, self.deadline, self.gauges, self.changed, self.say = race, deadline, gauges, changed, say
-        self.output, self.threads, self.device, self.data = output, threads, device, data
+        self.output, self.folder, self.threads, self.device, self.data = output, folder, threads, device, data
         self.runs: dict[str, Run] = {}
+        self.together = together                # trials that share a GPU, by gpus: auto
+        self.crowded: list[str] = []            # trials that ran out of a shared GPU's memory
         self.broken: OSError | None = None      # the disk is full, the folder gone: nobody can go on
         self.out_of_time = False
 
@@ -232,7 +316,7 @@ class _Driver:
     def task(self, run: Run) -> dict[str, Any]:
         task = Task(key=run.key, output=self.output, config=run.config.flat(), threads=self.threads,
                     device=self.device, after=self.race.wanted_after(run), keep=run.keep, data=self.data)
-        return {"task": asdict(task), "own": for_workers()}
+        return {"task": asdict(task), "own": for_workers(), "folder": self.folder}
 
     def next(self) -> Run | None:
         if self.over:
@@ -248,7 +332,7 @@ class _Driver:
     @property
     def over(self) -> bool:
         """Whether nothing more will be started."""
-        return self.broken is not None or self.out_of_time or self.race.done
+        return self.broken is not None or self.out_of_time or bool(self.crowded) or self.race.done
 
     def take(self, run: Run, result: dict[str, Any]) -> bool:
         """What a worker said of its run; whether the trial ends here."""
@@ -268,16 +352,23 @@ class _Driver:
             ends = self.race.report(run, row) is not None
         else:
             run.trained += 1                    # once more, for a checkpoint that is not kept
-        if not ends and not run.at_end and not self._time_for(run.pace):
+        if not ends and not run.at_end and (self.crowded or not self._time_for(run.pace)):
             self.race.pause(run)
-            self.out_of_time = ends = True
+            self.out_of_time = self.out_of_time or not self.crowded
+            ends = True
         self.changed()
         return ends
 
     def end(self, run: Run, status: str, note: str) -> None:
         if status == "broken":
             raise OSError(note)
-        self.race.finish(run, status, note)
+        if status == "failed" and self.together > 1 and packing.out_of_gpu_memory(note):
+            self.crowded.append(self.race.name_of(run))
+            run.read()
+            self.race.note("out of memory", run, note=note)
+            self.race.pause(run)
+        else:
+            self.race.finish(run, status, note)
         self.changed()
 
     def _time_for(self, pace: float | None) -> bool:
@@ -401,7 +492,9 @@ class _Trainable(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         arrive(config["own"])
-        self.steps: Iterator[dict[str, Any]] = work(Task(**config["task"]))
+        said = visible.not_seen(config["folder"])
+        self.steps: Iterator[dict[str, Any]] = \
+            iter([{"outcome": "broken", "note": said}]) if said else work(Task(**config["task"]))
         self.node = ray.get_runtime_context().get_node_id()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
