@@ -276,6 +276,7 @@ ARMS = {name: {KNOB: 0.1 + 0.001 * number} for number, name in enumerate("ABCDE"
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_memory_that_runs_out_halves_the_packing(tmp_path, one_gpu, monkeypatch):
     """Five share the GPU where two fit: the sweep goes on from the store, and no epoch is trained twice."""
     from autoenc.sweep import run_ray
@@ -295,6 +296,7 @@ def test_memory_that_runs_out_halves_the_packing(tmp_path, one_gpu, monkeypatch)
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_trial_that_has_the_gpu_to_itself_fails(tmp_path, one_gpu, monkeypatch):
     """As does one whose share was given by hand."""
     from autoenc.sweep import run_ray
@@ -312,6 +314,7 @@ def test_a_trial_that_has_the_gpu_to_itself_fails(tmp_path, one_gpu, monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_where_nothing_can_be_measured_a_gpu_is_not_shared(tmp_path, one_gpu):
     """This GPU is only Ray's word for one. Where there are enough GPUs, or they are given, nothing is measured."""
     from autoenc.sweep import run_ray

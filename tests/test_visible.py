@@ -182,6 +182,7 @@ print("as it should be")
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_node_without_the_folder_is_told_before_the_first_trial(manifest):
     """A head that runs no trials, and a node that does, on hosts of their own."""
     with hosts.site(["n1", "n2"]) as site, ExitStack() as stack:
@@ -233,6 +234,7 @@ OTHER_VERSION = "import ray; ray.__version__ = '2.9.3'; from ray.scripts.scripts
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_cluster_of_another_version(ray_token):
     """Its own word for it is another version's: by that Ray compares."""
     with heads.head(ray_token, "--num-cpus=1", ray=(sys.executable, "-c", OTHER_VERSION)) as address:
