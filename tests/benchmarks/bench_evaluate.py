@@ -11,11 +11,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import torch
+from measure import Options, Round, in_turn, timed
+from training import threads
 
 from autoenc.checkpoint import build_model
 from autoenc.config import make_config
@@ -31,9 +34,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    with works(options.images, options.image_size) as (whole, plain):
+        pairs = [(timed(whole), timed(plain)) for _ in range(options.repeats)]
+    evaluation, one_pass = (statistics.median(column) for column in zip(*pairs, strict=True))
+    print(f"{options.images} images of {options.image_size} px: evaluation {evaluation:.2f} s, one plain pass "
+          f"{one_pass:.2f} s: {evaluation / one_pass:.1f} times (medians of {options.repeats})")
+
+
+@contextmanager
+def works(images: int, size: int) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
+    """A whole evaluation, and a plain pass over the same held-out images."""
     with tempfile.TemporaryDirectory() as folder:
-        config = make_config({"data.limit": 5 * options.images, "data.image_size": options.image_size,
-                              "data.cache_dir": folder, "loss.segmentation": 0.05}, "the benchmark")
+        config = make_config({"data.limit": 5 * images, "data.image_size": size, "data.cache_dir": folder,
+                              "loss.segmentation": 0.05}, "the benchmark")
         dataset = prepare(config.data)
         model = build_model(config, dataset).eval()
 
@@ -46,19 +59,15 @@ def main() -> None:
                 for batch in torch.from_numpy(dataset.splits[split]).split(64):
                     model.decode(model.encode(to_unit(dataset.images[batch.numpy()], torch.device("cpu")))["latent"])
 
-        seconds = {work.__name__: [] for work in (whole, plain)}
-        for _ in range(options.repeats):
-            for work in (whole, plain):
-                seconds[work.__name__].append(_timed(work))
-    middle = {name: statistics.median(values) for name, values in seconds.items()}
-    print(f"{options.images} images of {options.image_size} px: evaluation {middle['whole']:.2f} s, one plain pass "
-          f"{middle['plain']:.2f} s: {middle['whole'] / middle['plain']:.1f} times (medians of {options.repeats})")
+        yield whole, plain
 
 
-def _timed(work: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+def rounds(asked: Options) -> Iterator[Round]:
+    """Seconds of ``autoenc.evaluate`` (every figure on val and test, baselines, latents, interpolation, latency,
+    pictures) on 400 held-out images of 32 px, against one plain pass of the model over them; one thread."""
+    with threads(1), works(20 if asked.quick else 400, 32) as (whole, plain):
+        for number in count():
+            yield Round({"evaluate": tuple(in_turn(number, lambda: timed(whole), lambda: timed(plain)))})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,89 @@
+"""How many epochs the phases train, and whether they decide as they would with full training."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import yaml
+from measure import Options, Round, Skip
+from place import REPOSITORY, RUNNER, Place, place
+
+PHASES = ("phase1_1", "phase1_2", "phase1_3", "phase1_4")
+SOURCE = 130                     # epochs: 13 arms of 10, each trained to its end
+
+
+def epochs(options: Options) -> Iterator[Round]:
+    """Epochs that phases 1.1 to 1.4 train for the arms' first seeds, over the 130 that are trained without early
+    stopping and store (13 arms of 10 epochs); round k has data seed 42 + k.
+
+    One command runs the four phases as shipped, on the images of ``--manifest`` at ``--image-size`` px, from an empty
+    store. What an arm takes over from a phase before counts as nothing, as the source's own runs would have trained it
+    again. Repeats of finalists (further seeds), which the source does not have, are reported apart.
+
+    Then the same phases without early stopping, over a copy of the store (epochs that are there are the ones that
+    would be trained: the same seed on the same machine is the same to the last bit): ``winners as with full training``.
+    It counts as reached only where every winner is the same in all rounds.
+    """
+    if options.manifest is None:
+        raise Skip("--manifest names no images (and --palette no classes); it takes hours on a CPU")
+    with place() as here:
+        for number in count():
+            stopped, full = here.new(f"stopped_{number}"), here.new(f"full_{number}")
+            settings = given(options, 42 + number)
+            chain(here, stopped, settings)
+            full.rmdir()
+            shutil.copytree(stopped, full, symlinks=True)
+            chain(here, full, settings, "--preset", "full_training")
+            first, repeats = trained(stopped)
+            same = [winner(stopped, phase) == winner(full, phase) for phase in PHASES]
+            yield Round({"epochs": (first, SOURCE), "winners": (sum(same), len(PHASES))},
+                        {"epochs of repeats": repeats, "winners": ", ".join(
+                            f"{winner(stopped, phase)}{'' if winner(stopped, phase) == winner(full, phase) else '≠'}"
+                            f"{winner(full, phase) if winner(stopped, phase) != winner(full, phase) else ''}"
+                            for phase in PHASES)})
+
+
+def given(options: Options, seed: int) -> list[str]:
+    data: dict[str, Any] = {"source": "manifest", "manifest": options.manifest.absolute(), "limit": "null",
+                            "image_size": options.image_size, "seed": seed}
+    if options.palette:
+        data["palette"] = options.palette.absolute()
+    words = [f"data.{key}={value}" for key, value in data.items()]
+    words += ["data.limit=60", "train.epochs=3", "model.base_channels=8"][:2] if options.quick else []
+    return [word for setting in words for word in ("--set", setting)]
+
+
+def chain(here: Place, output: Path, *arguments: Any) -> None:
+    """Run the phases as they are shipped, with a preset beside them that turns early stopping off."""
+    sweeps = here.folder / "sweeps"
+    if not sweeps.exists():
+        shutil.copytree(REPOSITORY / "sweeps", sweeps)
+        (sweeps / "presets" / "full_training.yaml").write_text("description: every arm to its end\nasha: false\n")
+    words = [word for part in arguments for word in (part if isinstance(part, list) else [part])]
+    here.run(RUNNER, sweeps / f"{PHASES[-1]}.yaml", "--output", output, *words, limit=24 * 3600)
+
+
+def trained(output: Path) -> tuple[int, int]:
+    """Epochs trained for first seeds, and for repeats, of all sweeps."""
+    first = repeats = 0
+    for table in output.glob("phase1_*/trials.csv"):
+        with table.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        least = min(int(row["seed"]) for row in rows)
+        for row in rows:
+            if int(row["seed"]) == least:
+                first += int(row["epochs_trained"])
+            else:
+                repeats += int(row["epochs_trained"])
+    return first, repeats
+
+
+def winner(output: Path, phase: str) -> str:
+    folder = output / yaml.safe_load((REPOSITORY / "sweeps" / f"{phase}.yaml").read_text())["name"]
+    return json.loads((folder / "decision.json").read_text())["winner"]
