@@ -30,6 +30,7 @@ from autoenc.sweep.packing import (
     fraction,
     out_of_gpu_memory,
     packing,
+    pairing_warning,
     precision_warning,
 )
 from autoenc.sweep.parts import Resources
@@ -302,7 +303,7 @@ def test_a_trial_that_has_the_gpu_to_itself_fails(tmp_path, one_gpu, monkeypatch
     from autoenc.sweep import run_ray
 
     monkeypatch.setattr(run_ray, "_Trainable", crowded_worker(2))
-    for name, more, lines in (("auto", {}, 2), ("by hand", {"resources": {"gpus": 0.5}}, 0)):
+    for name, more, lines in (("auto", {}, 2), ("by hand", {"resources": {"gpus": 0.5, "accelerator": "V100"}}, 0)):
         folder = tmp_path / name
         folder.mkdir()
         lab, said = Lab(folder, levels, arms={arm: ARMS[arm] for arm in "ABCD"}, asha=False, **more), []
@@ -333,3 +334,22 @@ def test_where_nothing_can_be_measured_a_gpu_is_not_shared(tmp_path, one_gpu):
     half = Lab(tmp_path, arms=ARMS, config={"train.precision": "bf16"}, resources={"gpus": 0.5}).race()
     run_ray.pack(half, one_gpu, said.append)
     assert said[1].startswith("! train.precision bf16: V100 has no arithmetic in bf16")
+
+
+# One kind of GPU ------------------------------------------------------------------------------------------------------
+
+def test_a_kind_of_gpu_that_is_asked_for_is_all_there_is():
+    both = of_nodes(Node("1", "n1", 8, 4, "V100"), Node("2", "n2", 16, 2, "L40S"), Node("3", "n3", 64, 0))
+    assert both.share(Resources(gpus=1), 20) == (1, 1.0, 6)
+    assert both.share(Resources(gpus=1, accelerator="L40S"), 20) == (1, 1.0, 2)
+    assert both.only("V100").kinds == ["V100"] and both.only(None) is both
+    for cluster, have in ((both, "its GPUs are L40S, V100"), (of_nodes(Node("1", "n1", 8, 0)), "it has no GPUs")):
+        with pytest.raises(InputError, match=f"accelerator: 'A100': the cluster has none of that kind: {have}"):
+            cluster.share(Resources(accelerator="A100"), 1)
+
+
+@given(st.integers(1, 5), st.lists(st.sampled_from(["V100", "L40S", "A100"]), unique=True))
+def test_pairs_of_seeds_on_several_kinds_are_warned_of(repeats, kinds):
+    said = pairing_warning(repeats, kinds)
+    assert bool(said) == (repeats > 1 and len(kinds) > 1)
+    assert not said or f"resources.accelerator={kinds[0]}" in said

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autoenc.errors import InputError
 from autoenc.sweep.parts import Resources
@@ -65,18 +65,30 @@ class Cluster:
 
         Raises :class:`InputError` where the cluster can never give what one trial asks for.
         """
-        cpus, gpus = resources.cpus, resources.gpus
+        cpus, gpus, here = resources.cpus, resources.gpus, self.only(resources.accelerator)
         if self.grows:
             return cpus, (1.0 if self.gpus else 0.0) if gpus == "auto" else float(gpus), self.slots
         if gpus == "auto":
-            gpus = fraction(self.together(resources, runs)) if self.gpus else 0.0
-        nodes = self.nodes or (Node("", "", self.cpus, self.gpus),)
-        self._check("cpus", cpus, self.cpus, max(node.cpus for node in nodes))
-        self._check("gpus", gpus, self.gpus, max(node.gpus for node in nodes))
+            gpus = fraction(here.together(resources, runs)) if here.gpus else 0.0
+        nodes = here.nodes or (Node("", "", here.cpus, here.gpus),)
+        self._check("cpus", cpus, here.cpus, max(node.cpus for node in nodes))
+        self._check("gpus", gpus, here.gpus, max(node.gpus for node in nodes))
         slots = sum(node.room(cpus, gpus) for node in nodes)
         if not slots:
             raise InputError(f"resources: {cpus} CPUs and {gpus:g} GPUs a trial, but no node of the cluster has both")
         return cpus, float(gpus), min(slots, self.slots or slots)
+
+    def only(self, kind: str | None) -> Cluster:
+        """The part of the cluster with GPUs of a kind; all of it for None. Raises :class:`InputError` where there is
+        none."""
+        if kind is None or self.grows:
+            return self
+        nodes = tuple(node for node in self.nodes if node.kind == kind)
+        if not nodes:
+            have = f"its GPUs are {', '.join(self.kinds)}" if self.kinds else "Ray has no name for its GPUs" \
+                if self.gpus else "it has no GPUs"
+            raise InputError(f"resources.accelerator: {kind!r}: the cluster has none of that kind: {have}")
+        return replace(self, nodes=nodes, cpus=sum(node.cpus for node in nodes), gpus=sum(node.gpus for node in nodes))
 
     @staticmethod
     def _check(name: str, asked: float, held: float, most: float) -> None:
@@ -152,6 +164,14 @@ def trials(number: int) -> str:
 def out_of_gpu_memory(note: str) -> bool:
     """Whether a trial failed because its GPU had no memory left."""
     return _MEMORY.search(note) is not None
+
+
+def pairing_warning(repeats: int, kinds: Sequence[str]) -> str:
+    """What is to be said of seeds that are compared in pairs on GPUs of these kinds; empty: nothing."""
+    if repeats < 2 or len(kinds) < 2:
+        return ""
+    return (f"decision.repeats compares seeds in pairs, and on different GPUs ({', '.join(kinds)}) a seed is not the "
+            f"same training: --set resources.accelerator={kinds[0]} keeps to one kind")
 
 
 def precision_warning(precisions: set[str], kinds: Sequence[str]) -> str:

@@ -153,6 +153,8 @@ class Resources(Section):
     cpus: Annotated[int, Field(ge=1, le=100_000)] = 1
     gpus: Annotated[float | Literal["auto"], BeforeValidator(_gpus)] = "auto"
     """of a trial; auto: one where there are enough, else a share by what a trial takes of it (autoenc.sweep.gpu)"""
+    accelerator: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,60}$")] | None = None
+    """the kind of GPU to train on, by Ray's name (V100, L40S, A100-80G), where a cluster has several; none: any"""
     store_gb: Annotated[float | None, Field(gt=0), BeforeValidator(lambda value: None if value == "none" else value)] \
         = 20.0
     """how large the store may get before checkpoints of trials that lost give way, 10⁹ bytes; none: without limit"""

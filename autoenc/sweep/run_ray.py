@@ -184,7 +184,7 @@ def _fit(race: Race, here: Cluster, folder: Path, output: Path, deadline: Deadli
     scratch = folder / ".tune"
     shutil.rmtree(scratch, ignore_errors=True)
     tuner = tune.Tuner(
-        tune.with_resources(_Trainable, {"CPU": cpus, "GPU": gpus}),
+        tune.with_resources(_Trainable, {"CPU": cpus, "GPU": gpus} | _of_kind(race.spec.resources)),
         tune_config=tune.TuneConfig(num_samples=-1, search_alg=_Search(driver), scheduler=_Schedule(driver),
                                     max_concurrent_trials=slots, reuse_actors=True,
                                     trial_dirname_creator=lambda trial: trial.trial_id),
@@ -200,6 +200,11 @@ def _fit(race: Race, here: Cluster, folder: Path, output: Path, deadline: Deadli
         driver.gauges.report()
         shutil.rmtree(scratch, ignore_errors=True)
     return driver
+
+
+def _of_kind(resources: Resources) -> dict[str, float]:
+    """What makes Ray keep to nodes with GPUs of the kind that was asked for: they all have one of it to give."""
+    return {f"accelerator_type:{resources.accelerator}": 0.001} if resources.accelerator else {}
 
 
 def share(race: Race, here: Cluster) -> tuple[int, float, int]:
@@ -220,14 +225,17 @@ def pack(race: Race, here: Cluster, say: Callable[[str], None]) -> Cluster:
     also told of precisions that do not suit the GPUs.
     """
     spec, waiting = race.spec, [run.config for run in race.runs.values() if not run.ended]
+    whole, here = here, here.only(spec.resources.accelerator)
     drawn = spec.space.get("train.precision")
     precisions = {*(config.train.precision for config in waiting), *(drawn.choices if drawn else ())}
     if spec.resources.gpus != 0 and (warning := packing.precision_warning(precisions, here.kinds)):
         say(f"! {warning}")
+    if spec.resources.gpus != 0 and (warning := packing.pairing_warning(spec.decision.repeats, here.kinds)):
+        say(f"! {warning}")
     shared = spec.resources.gpus == "auto" and here.gpus and not here.grows
     enough = here.enough(_at_once(race)) if shared else 1
     if enough == 1 or not waiting:
-        return here
+        return whole
     largest = max(waiting, key=lambda config: (plan.parameters(config), config.train.batch_size)).flat()
     try:
         uses = [_call(spec.resources.cpus, 1.0, gpu.measure, largest, seconds=gpu.LIMIT_SECONDS, kind=kind)
@@ -237,17 +245,17 @@ def pack(race: Race, here: Cluster, say: Callable[[str], None]) -> Cluster:
         first = (str(cause).strip().splitlines() or [""])[0]
         say(f"1 trial a GPU: what one takes cannot be measured ({type(cause).__name__}: {first}); resources.gpus: 0.5 "
             "would run two")
-        return replace(here, packing=1)
+        return replace(whole, packing=1)
     number, words = packing.choose(uses, here.beside(spec.resources.cpus), enough)
     say(words)
-    return replace(here, packing=number)
+    return replace(whole, packing=number)
 
 
 def check_visible(here: Cluster, resources: Sequence[Resources], output: Path, data: Sequence[DataConfig]) -> None:
     """Raise :class:`InputError` where a node that trials with some of these resources may run on does not see the
     output folder or the data."""
-    wanted = [here.share(each, 1)[:2] for each in resources]
-    nodes = [node for node in here.nodes if any(node.room(cpus, gpus) for cpus, gpus in wanted)]
+    nodes = list(dict.fromkeys(node for each in resources for node in here.only(each.accelerator).nodes
+                               if node.room(*here.share(each, 1)[:2])))
 
     def everywhere(function: Callable[..., Any], *task: Any, seconds: float) -> list[tuple[str, Any]]:
         calls = {ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(
@@ -274,7 +282,7 @@ def apart(race: Race, here: Cluster, function: Callable[..., Any], *task: Any, s
     Raises what it raises, RayError where its process died, TimeoutError after so many seconds.
     """
     cpus, gpus, _ = share(race, here)
-    return _call(cpus, gpus, function, *task, seconds=seconds)
+    return _call(cpus, gpus, function, *task, seconds=seconds, kind=race.spec.resources.accelerator)
 
 
 def _call(cpus: int, gpus: float, function: Callable[..., Any], *task: Any, seconds: float,
