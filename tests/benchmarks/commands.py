@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from measure import Options, Round, in_turn
 from pictures import of_manifest, write_pictures
 from place import HERE, RUNNER, Place, ended, place, until
 
+SLOTS = 2                        # trials at once, on either side, whatever the machine has
 SPACE = {"model.latent_channels": {"type": "int", "low": 4, "high": 16},
          "train.learning_rate": {"type": "float", "low": 1e-4, "high": 1e-2, "log": True}}
 
@@ -23,9 +24,9 @@ def sweep_time(options: Options) -> Iterator[Round]:
     (its cache is empty), trains, validates with every figure, keeps checkpoints, decides, exports, writes the report.
     Beside it: plain Ray Tune, and plain Optuna in two processes, which train on the same files, with the same model,
     batch size, numbers of images and epochs, and one thread a trial, validate by MSE and save a checkpoint an epoch.
-    All are new processes that import everything and start (and end) Ray where they use it. What is searched hardly
-    changes what a trial costs, and early stopping is at hand but stops nobody in 3 epochs (a grace period of 3), so all
-    train the same 48 epochs: what is saved by stopping is another benchmark's.
+    All are new processes that import everything and start (and end) Ray where they use it; all run two trials at a
+    time. What is searched hardly changes what a trial costs, and early stopping is at hand but stops nobody in 3 epochs
+    (a grace period of 3), so all train the same 48 epochs: what is saved by stopping is another benchmark's.
     """
     images, trials, epochs = (24, 3, 1) if options.quick else (96, 16, 3)
     with place() as here:
@@ -48,11 +49,11 @@ def searched(trials: int, epochs: int, **more: Any) -> dict[str, Any]:
             "asha": {"grace_epochs": epochs, "reduction_factor": 3}, **more}
 
 
-def command(here: Place, sweep: Path, epochs: int) -> float:
+def command(here: Place, sweep: Path, epochs: int, slots: int = SLOTS) -> float:
     """Run a sweep from nothing; seconds. Raises RuntimeError where it has not trained so many epochs."""
     output = here.new("ours")
     here.new("cache")
-    seconds = here.run(RUNNER, sweep, "--output", output)
+    seconds = here.run(RUNNER, sweep, "--output", output, "--slots", slots)
     stored = sum(len(rows_of(path)) for path in (output / "store").glob("*/metrics.csv"))
     if stored != epochs:
         raise RuntimeError(f"{stored} epochs were trained, {epochs} were to be compared:\n{here.said()[-3000:]}")
@@ -115,11 +116,11 @@ def start(options: Options) -> Iterator[Round]:
                 here, (empty,), lambda: "ready" in here.said())))})
 
 
-def waited(here: Place, arguments: tuple, true: Any) -> float:
+def waited(here: Place, arguments: tuple, true: Callable[[], bool]) -> float:
     """Seconds from the start of a Python process until ``true()``; the process then comes to its end."""
     began = time.perf_counter()
     with ended(here.start(*arguments)) as process:
-        seconds = until([process], true) - began
+        seconds = until(process, true) - began
         here.wait(process)
     return seconds
 

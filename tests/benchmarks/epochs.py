@@ -15,7 +15,7 @@ from measure import Options, Round, Skip
 from place import REPOSITORY, RUNNER, Place, place
 
 PHASES = ("phase1_1", "phase1_2", "phase1_3", "phase1_4")
-SOURCE = 130                     # epochs: 13 arms of 10, each trained to its end
+ARMS, EPOCHS = 13, 10           # of the four phases, and what the source trains of each
 
 
 def epochs(options: Options) -> Iterator[Round]:
@@ -30,43 +30,43 @@ def epochs(options: Options) -> Iterator[Round]:
     would be trained: the same seed on the same machine is the same to the last bit): ``winners as with full training``.
     It counts as reached only where every winner is the same in all rounds.
     """
-    if options.manifest is None:
-        raise Skip("--manifest names no images (and --palette no classes); it takes hours on a CPU")
+    if options.manifest is None or options.palette is None:
+        raise Skip("--manifest and --palette name no images and classes; it takes hours on a CPU")
     with place() as here:
         for number in count():
             stopped, full = here.new(f"stopped_{number}"), here.new(f"full_{number}")
             settings = given(options, 42 + number)
-            chain(here, stopped, settings)
+            chain(here, stopped, *settings)
             full.rmdir()
             shutil.copytree(stopped, full, symlinks=True)
-            chain(here, full, settings, "--preset", "full_training")
+            chain(here, full, *settings, "--preset", "full_training")
             first, repeats = trained(stopped)
-            same = [winner(stopped, phase) == winner(full, phase) for phase in PHASES]
-            yield Round({"epochs": (first, SOURCE), "winners": (sum(same), len(PHASES))},
-                        {"epochs of repeats": repeats, "winners": ", ".join(
-                            f"{winner(stopped, phase)}{'' if winner(stopped, phase) == winner(full, phase) else '≠'}"
-                            f"{winner(full, phase) if winner(stopped, phase) != winner(full, phase) else ''}"
-                            for phase in PHASES)})
+            winners = [(winner(stopped, phase), winner(full, phase)) for phase in PHASES]
+            same = sum(ours == theirs for ours, theirs in winners)
+            yield Round({"epochs": (first, ARMS * (3 if options.quick else EPOCHS)), "winners": (same, len(PHASES))}, {
+                "epochs of repeats": repeats,
+                "winners": ", ".join(ours if ours == theirs else f"{ours} (full training: {theirs})"
+                                     for ours, theirs in winners)})
 
 
 def given(options: Options, seed: int) -> list[str]:
-    data: dict[str, Any] = {"source": "manifest", "manifest": options.manifest.absolute(), "limit": "null",
-                            "image_size": options.image_size, "seed": seed}
-    if options.palette:
-        data["palette"] = options.palette.absolute()
-    words = [f"data.{key}={value}" for key, value in data.items()]
-    words += ["data.limit=60", "train.epochs=3", "model.base_channels=8"][:2] if options.quick else []
-    return [word for setting in words for word in ("--set", setting)]
+    """The command's arguments that name the data."""
+    settings: dict[str, Any] = {
+        "data.source": "manifest", "data.manifest": options.manifest.absolute(),
+        "data.palette": options.palette.absolute(), "data.image_size": options.image_size,
+        "data.limit": 60 if options.quick else "null", "data.seed": seed}
+    if options.quick:
+        settings["train.epochs"] = 3
+    return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
 
 
-def chain(here: Place, output: Path, *arguments: Any) -> None:
+def chain(here: Place, output: Path, *arguments: str) -> None:
     """Run the phases as they are shipped, with a preset beside them that turns early stopping off."""
     sweeps = here.folder / "sweeps"
     if not sweeps.exists():
         shutil.copytree(REPOSITORY / "sweeps", sweeps)
         (sweeps / "presets" / "full_training.yaml").write_text("description: every arm to its end\nasha: false\n")
-    words = [word for part in arguments for word in (part if isinstance(part, list) else [part])]
-    here.run(RUNNER, sweeps / f"{PHASES[-1]}.yaml", "--output", output, *words, limit=24 * 3600)
+    here.run(RUNNER, sweeps / f"{PHASES[-1]}.yaml", "--output", output, *arguments, limit=24 * 3600)
 
 
 def trained(output: Path) -> tuple[int, int]:

@@ -56,5 +56,6 @@ def gpu_many(options: Options) -> Iterator[Round]:
         sweeps = [here.sweep(name, settings, searched(trials, epochs, resources={"cpus": 1, "gpus": gpus}))
                   for name, gpus in (("together", 1 / TOGETHER), ("alone", 1))]
         for number in count():
-            seconds = in_turn(number, *(lambda sweep=sweep: command(here, sweep, trials * epochs) for sweep in sweeps))
+            seconds = in_turn(number, *(lambda sweep=sweep: command(here, sweep, trials * epochs, slots=TOGETHER)
+                                        for sweep in sweeps))
             yield Round({"64 px": tuple(3600 * trials / each for each in seconds)})

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -145,11 +145,11 @@ def _write(path: Path, content: Mapping[str, Any]) -> Path:
     return path
 
 
-def until(pairs: Sequence[subprocess.Popen], true: Any, limit: float = LIMIT, every: float = 0.005) -> float:
-    """Wait for ``true()``; when that was (time.perf_counter). Raises RuntimeError where a process ends before."""
+def until(process: subprocess.Popen, true: Callable[[], bool], limit: float = LIMIT) -> float:
+    """Wait for ``true()``; when that was (time.perf_counter). Raises RuntimeError where the process fails before."""
     end = time.perf_counter() + limit
     while not true():
-        if time.perf_counter() > end or any(process.poll() not in (None, 0) for process in pairs):
-            raise RuntimeError(f"{[process.args for process in pairs]}: ended, or hung")
-        time.sleep(every)
+        if time.perf_counter() > end or process.poll() not in (None, 0):
+            raise RuntimeError(f"{process.args}: failed, or hung")
+        time.sleep(0.005)
     return time.perf_counter()

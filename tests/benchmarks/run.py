@@ -43,13 +43,11 @@ def main(arguments: list[str]) -> int:
             print(f"{benchmark.name:15}{'; '.join(row.what for row in benchmark.rows.values())}")
         return 0
     found = joined([read(Path(name)) for name in options.earlier]) if options.earlier else measure(options)
-    if options.json:
-        Path(options.json).write_text(json.dumps(found, indent=1), encoding="utf-8")
     table = table_of(found)
     print(f"\n{table}", end="")
     if options.write:
         write_into(Path(options.write), table)
-    return 0
+    return 1 if any(entry["failed"] for entry in found["benchmarks"].values()) else 0
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -72,8 +70,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             raise InputError(f"{name}: no such benchmark{did_you_mean(name, BENCHMARKS)}")
     if options.repeats is not None and options.repeats < 1:
         raise InputError(f"--repeats {options.repeats}: should be 1 or more")
-    if options.names and options.earlier:
-        raise InputError("--from: takes the figures of earlier runs, so there is nothing to name")
+    if options.earlier and (options.names or options.json):
+        raise InputError("--from: takes the figures of earlier runs: name no benchmarks and no --json beside it")
     for path in filter(None, (options.manifest, options.palette)):
         if not path.is_file():
             raise InputError(f"{path}: no such file")
@@ -91,12 +89,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         print(f"{benchmark.name} …", file=sys.stderr, flush=True)
         rows, found["benchmarks"][benchmark.name] = one(benchmark, asked, options.repeats or benchmark.repeats)
         found["rows"] += rows
+        if options.json:                         # a later one may be interrupted
+            Path(options.json).write_text(json.dumps(found, indent=1), encoding="utf-8")
     return found
 
 
 def one(benchmark: Benchmark, asked: Options, repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows of a benchmark, and how it was run."""
-    load, began, rounds, skipped = os.getloadavg()[0], time.monotonic(), [], None
+    load, began, rounds = os.getloadavg()[0], time.monotonic(), []
+    skipped = failed = None
     function = getattr(import_module(benchmark.module), benchmark.function)
     try:
         with closing(function(asked)) as steps:
@@ -108,6 +109,9 @@ def one(benchmark: Benchmark, asked: Options, repeats: int) -> tuple[list[dict[s
     except Skip as reason:
         skipped = str(reason)
         print(f"  not run: {skipped}", file=sys.stderr)
+    except RuntimeError as error:                # the others are measured all the same
+        failed = (str(error).splitlines() or ["?"])[0]
+        print(f"  failed: {error}", file=sys.stderr)
     rows = [{"benchmark": benchmark.name, **summary(row, [done.pairs[key] for done in rounds])}
             for key, row in benchmark.rows.items()] if rounds else []
     notes: dict[str, list[Any]] = {}
@@ -115,7 +119,7 @@ def one(benchmark: Benchmark, asked: Options, repeats: int) -> tuple[list[dict[s
         for key, value in done.notes.items():
             notes.setdefault(key, []).append(value)
     return rows, {"rounds": len(rounds), "seconds": time.monotonic() - began, "load": load, "skipped": skipped,
-                  "loaded": load > LOADED * (os.cpu_count() or 1), "notes": notes}
+                  "failed": failed, "loaded": load > LOADED * (os.cpu_count() or 1), "notes": notes}
 
 
 def machine() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
-from commands import TRIVIAL, searched, split_sizes
+from commands import SLOTS, TRIVIAL, searched, split_sizes
 from measure import Options, Round, in_turn
 from pictures import of_manifest, write_pictures
 from place import HERE, RUNNER, Place, ended, place, private_bytes
@@ -21,7 +21,7 @@ Point = tuple[float, int, int]   # seconds, trials that have ended, bytes of the
 def scale(options: Options) -> Iterator[Round]:
     """1,000 trials of one epoch with a trivial model (8 px, 30 files, one channel), searched by TPE, by the command;
     beside it 100 of the same by the plain Ray Tune script, whose pace does not depend on how many there are (its Optuna
-    slows down with them, which is in its favour).
+    slows down with them, which is in its favour). Both run two trials at a time.
 
     Trials a second: from the end of the first tenth to the end of the last trial, so start and end are left out.
     Driver memory: anonymous memory of the driver's process against the trials that have ended; the slope of a straight
@@ -39,7 +39,8 @@ def scale(options: Options) -> Iterator[Round]:
         def ours() -> list[Point]:
             output = here.new("ours")
             events = output / "many" / "events.jsonl"
-            return watched(here, (RUNNER, sweep, "--output", output), trials, lambda: completed(events))
+            arguments = RUNNER, sweep, "--output", output, "--slots", SLOTS
+            return watched(here, arguments, trials, lambda: completed(events))
 
         def theirs() -> list[Point]:
             output = here.new("peer")

@@ -18,12 +18,11 @@ from itertools import count
 from pathlib import Path
 
 import training
-from commands import rows_of, searched, split_sizes
+from commands import SLOTS, rows_of, searched, split_sizes
 from measure import Options, Round, in_turn
 from pictures import of_manifest, write_pictures
 from place import HERE, RUNNER, Place, ended, place
 
-SLOTS = 2
 EPOCHS = 10                      # of a trial, as in the phases
 
 

@@ -58,6 +58,7 @@ def _notes(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         words = [f"{entry['rounds']} rounds in {entry['seconds']:,.0f} s, load before it {entry['load']:.1f}"
                  + (" (**measured under load**)" if entry["loaded"] else "")] if entry["rounds"] else []
         words += [f"not run here: {entry['skipped']}"] if entry["skipped"] else []
+        words += [f"failed after {entry['rounds']} rounds: {entry['failed']}"] if entry["failed"] else []
         words += [f"{key} {' / '.join(dict.fromkeys(map(_word, values)))}" for key, values in entry["notes"].items()]
         said.append((f"`{name}`", "; ".join(words)))
     return said

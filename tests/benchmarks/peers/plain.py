@@ -88,7 +88,7 @@ def parse(description: str) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--base-channels", type=int, default=32)
     parser.add_argument("--steps", type=int, default=4, help="downsampling steps")
-    parser.add_argument("--slots", type=int, default=2, help="processes (plain Optuna)")
+    parser.add_argument("--slots", type=int, default=2, help="trials at once")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     return options

@@ -38,6 +38,7 @@ def main() -> None:
         partial(objective, options=options),
         param_space={"latent_channels": tune.randint(4, 17), "learning_rate": tune.loguniform(1e-4, 1e-2)},
         tune_config=tune.TuneConfig(metric="mse", mode="min", num_samples=options.trials, search_alg=OptunaSearch(),
+                                    max_concurrent_trials=options.slots,
                                     scheduler=ASHAScheduler(max_t=options.epochs, grace_period=options.epochs)),
         run_config=tune.RunConfig(storage_path=str(options.output / "results")))
     best = tuner.fit().get_best_result()
