@@ -131,6 +131,17 @@ def _kilobytes(path: Path, name: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith(name))
 
 
+def busy_cores(seconds: float) -> float:
+    """How many cores are at work on this machine, on average over so many seconds in which this process sleeps."""
+    def used() -> int:
+        ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+        return sum(ticks) - ticks[3] - ticks[4]                # without those idle, or waiting for a disk
+
+    before, began = used(), time.perf_counter()
+    time.sleep(seconds)
+    return (used() - before) / os.sysconf("SC_CLK_TCK") / (time.perf_counter() - began)
+
+
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings by dotted key as a mapping of sections."""
     found: dict[str, Any] = {}

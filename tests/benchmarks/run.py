@@ -28,12 +28,12 @@ from typing import Any
 
 from catalogue import BENCHMARKS
 from measure import Benchmark, Options, Skip, summary
-from place import REPOSITORY
+from place import REPOSITORY, busy_cores
 from table import table_of, write_into
 
 from autoenc.errors import InputError, command, did_you_mean
 
-LOADED = 0.25                    # of the cores, by other work before a benchmark begins: its figures may be off
+LOADED = 0.1                     # of the cores, by other work before or after a benchmark: its figures may be off
 
 
 def main(arguments: list[str]) -> int:
@@ -96,7 +96,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def one(benchmark: Benchmark, asked: Options, repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows of a benchmark, and how it was run."""
-    load, began, rounds = os.getloadavg()[0], time.monotonic(), []
+    quiet = 0.2 if asked.quick else 3.0
+    load, began, rounds = busy_cores(quiet), time.monotonic(), []
     skipped = failed = None
     function = getattr(import_module(benchmark.module), benchmark.function)
     try:
@@ -112,13 +113,15 @@ def one(benchmark: Benchmark, asked: Options, repeats: int) -> tuple[list[dict[s
     except RuntimeError as error:                # the others are measured all the same
         failed = (str(error).splitlines() or ["?"])[0]
         print(f"  failed: {error}", file=sys.stderr)
+    seconds = time.monotonic() - began
+    load = max(load, busy_cores(quiet))          # what others did before and after it
     rows = [{"benchmark": benchmark.name, **summary(row, [done.pairs[key] for done in rounds])}
             for key, row in benchmark.rows.items()] if rounds else []
     notes: dict[str, list[Any]] = {}
     for done in rounds:
         for key, value in done.notes.items():
             notes.setdefault(key, []).append(value)
-    return rows, {"rounds": len(rounds), "seconds": time.monotonic() - began, "load": load, "skipped": skipped,
+    return rows, {"rounds": len(rounds), "seconds": seconds, "load": load, "skipped": skipped,
                   "failed": failed, "loaded": load > LOADED * (os.cpu_count() or 1), "notes": notes}
 
 

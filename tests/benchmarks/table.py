@@ -55,7 +55,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 def _notes(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     said = []
     for name, entry in found["benchmarks"].items():
-        words = [f"{entry['rounds']} rounds in {entry['seconds']:,.0f} s, load before it {entry['load']:.1f}"
+        words = [f"{entry['rounds']} rounds in {entry['seconds']:,.0f} s, other work on {entry['load']:.1f} cores"
                  + (" (**measured under load**)" if entry["loaded"] else "")] if entry["rounds"] else []
         words += [f"not run here: {entry['skipped']}"] if entry["skipped"] else []
         words += [f"failed after {entry['rounds']} rounds: {entry['failed']}"] if entry["failed"] else []
