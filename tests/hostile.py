@@ -125,12 +125,15 @@ def command(arguments: Sequence[str], report: bool = False) -> Outcome:
         def join_cluster(self) -> None:
             pass
 
+        def share_gpus(self, race: Any) -> None:
+            pass
+
         def train(self, phase: Any, race: Any) -> None:
             from autoenc.sweep import run_ray
 
-            driver = run_ray._Driver(race, output=str(self.output), threads=1, device="cpu", deadline=None, data="",
-                                     gauges=Gauges(race, 1, run_ray.Gauge), changed=lambda: None,
-                                     say=self.console.print)
+            driver = run_ray._Driver(race, output=str(self.output), folder=str(phase.folder.path), threads=1,
+                                     device="cpu", together=1, deadline=None, data="", changed=lambda: None,
+                                     gauges=Gauges(race, 1, run_ray.Gauge), say=self.console.print)
             while (run := driver.next()) is not None:
                 for said in work(Task(**driver.task(run)["task"])):
                     outcome.trained[run.key] += "epoch" in said
