@@ -246,3 +246,6 @@ def test_a_cluster_of_another_version(ray_token):
         assert str(error.value).startswith(
             f"--address {address}: cannot join: it runs Ray 2.9.3 on Python {ours}, this command Ray {version('ray')} "
             f"on Python {ours}, and both must be the same: ")
+        from ray.experimental.internal_kv import _internal_kv_initialized
+
+        assert not _internal_kv_initialized()        # Tune asks that client at exit, for a minute, and dies of it

@@ -68,23 +68,23 @@ def cluster(address: str | None, dashboard_host: str = "127.0.0.1", slots: int |
     own = {"dashboard_host": dashboard_host} if address is None else {}
     leave_warnings_to_us()
     try:
-        with _quiet():
-            context = ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False,
-                               configure_logging=True, **own)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        why = _why(error)
-        raise InputError(f"--address {address}: cannot join: {why}" if address else
-                         f"a local Ray cannot be started: {why}") from None
-    finally:
-        take_signals()           # ray.init takes SIGTERM for itself
-    try:
+        try:
+            with _quiet():
+                context = ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False,
+                                   configure_logging=True, **own)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            why = _why(error)
+            raise InputError(f"--address {address}: cannot join: {why}" if address else
+                             f"a local Ray cannot be started: {why}") from None
+        finally:
+            take_signals()           # ray.init takes SIGTERM for itself
         total = ray.cluster_resources() if first is None else grown(first)
         url = context.dashboard_url
         yield Cluster(int(total.get("CPU", 0)), total.get("GPU", 0.0), f"http://{url}" if url else None,
                       address is None, slots, first is not None, _metrics_url(context.address_info), _nodes())
     finally:
         with _quiet():
-            ray.shutdown()
+            ray.shutdown()           # also of a cluster that was joined in part: at its end Tune would ask it for keys
 
 
 def _why(error: Exception) -> str:
