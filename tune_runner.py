@@ -354,9 +354,11 @@ class Runner:
                 doors.prepare_local(insecure=insecure)
             else:
                 address = doors.knock(address, insecure=insecure)
-            from autoenc.sweep import run_ray  # only now: Ray reads how to authenticate when it is imported
+            # Only now: Ray reads how to authenticate when it is imported.
+            from autoenc.sweep import ray_cluster, run_ray
 
-            self.cluster = self.stack.enter_context(run_ray.cluster(
+
+            self.cluster = self.stack.enter_context(ray_cluster.cluster(
                 address, self.options.dashboard_host, self.options.slots,
                 self.specs[-1].resources if self.options.grow else None))
         for spec in self.specs:

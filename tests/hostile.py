@@ -20,7 +20,7 @@ from sweepfiles import places
 
 import tune_runner
 from autoenc.errors import InputError
-from autoenc.sweep.gauges import Gauges
+from autoenc.sweep.driver import Driver
 from autoenc.sweep.work import Task, work
 
 torch.set_num_threads(1)
@@ -129,11 +129,9 @@ def command(arguments: Sequence[str], report: bool = False) -> Outcome:
             pass
 
         def train(self, phase: Any, race: Any) -> None:
-            from autoenc.sweep import run_ray
-
-            driver = run_ray._Driver(race, output=str(self.output), folder=str(phase.folder.path), threads=1,
-                                     device="cpu", together=1, deadline=None, data="", changed=lambda: None,
-                                     gauges=Gauges(race, 1, run_ray.Gauge), say=self.console.print)
+            driver = Driver(race, output=str(self.output), folder=str(phase.folder.path), threads=1, device="cpu",
+                            together=1, pairing=None, deadline=None, data="", changed=lambda: None,
+                            say=self.console.print)
             while (run := driver.next()) is not None:
                 for said in work(Task(**driver.task(run)["task"])):
                     outcome.trained[run.key] += "epoch" in said

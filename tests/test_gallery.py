@@ -322,9 +322,9 @@ def cluster(ray_token):
         repository = Path(__file__).resolve().parents[1]
         patch.setenv("PYTHONPATH", os.pathsep.join([str(repository), str(repository / "tests")]))
         doors.prepare_local()
-        from autoenc.sweep import run_ray
+        from autoenc.sweep import ray_cluster
 
-        with run_ray.cluster(None) as cluster:
+        with ray_cluster.cluster(None) as cluster:
             yield cluster
     shutil.rmtree(folder, ignore_errors=True)
 

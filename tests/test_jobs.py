@@ -22,6 +22,7 @@ import yaml
 
 import tune_runner
 from autoenc.errors import InputError
+from autoenc.sweep.packing import Cluster
 from autoenc.sweep.parts import Resources
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,19 +51,6 @@ def test_slots_and_growth_are_read():
     assert tune_runner.parse(["sweep.yaml", "--grow", "--slots", "2", "--address", "auto"]).grow
 
 
-@pytest.fixture(scope="module")
-def run_ray(ray_token):
-    """The module that imports Ray, with its authentication as everywhere in this process."""
-    from autoenc.sweep import doors
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_TOKEN_PATH", str(ray_token))
-        doors.prepare_local()
-        from autoenc.sweep import run_ray
-
-        yield run_ray
-
-
 @pytest.mark.parametrize(("cpus", "gpus", "asked", "runs", "slots", "share"), [
     (8, 0, {}, 20, None, (1, 0.0, 8)),
     (8, 0, {}, 20, 3, (1, 0.0, 3)),
@@ -74,20 +62,20 @@ def run_ray(ray_token):
     (8, 4, {"gpus": 2}, 20, 6, (1, 2.0, 2)),
     (8, 4, {"gpus": 0}, 20, 6, (1, 0.0, 6)),
 ])
-def test_slots_cap_the_share(run_ray, cpus, gpus, asked, runs, slots, share):
-    assert run_ray.Cluster(cpus, gpus, None, False, slots).share(Resources(**asked), runs) == share
+def test_slots_cap_the_share(cpus, gpus, asked, runs, slots, share):
+    assert Cluster(cpus, gpus, None, False, slots).share(Resources(**asked), runs) == share
 
 
-def test_what_the_cluster_can_never_give_is_refused_with_slots_too(run_ray):
+def test_what_the_cluster_can_never_give_is_refused_with_slots_too():
     with pytest.raises(InputError, match=r"resources.gpus: 1 a trial, but the cluster has 0"):
-        run_ray.Cluster(8, 0, None, False, 2).share(Resources(gpus=1), 1)
+        Cluster(8, 0, None, False, 2).share(Resources(gpus=1), 1)
 
 
-def test_a_cluster_that_grows_gives_all_slots(run_ray):
+def test_a_cluster_that_grows_gives_all_slots():
     """Whatever it has now: the trials that wait are what makes it grow."""
-    assert run_ray.Cluster(1, 0, None, False, 6, True).share(Resources(cpus=4, gpus=1), 2) == (4, 1.0, 6)
-    assert run_ray.Cluster(4, 1, None, False, 6, True).share(Resources(), 20) == (1, 1.0, 6)
-    assert run_ray.Cluster(4, 0, None, False, 6, True).share(Resources(), 20) == (1, 0.0, 6)
+    assert Cluster(1, 0, None, False, 6, True).share(Resources(cpus=4, gpus=1), 2) == (4, 1.0, 6)
+    assert Cluster(4, 1, None, False, 6, True).share(Resources(), 20) == (1, 1.0, 6)
+    assert Cluster(4, 0, None, False, 6, True).share(Resources(), 20) == (1, 0.0, 6)
 
 
 # A head with jobs -----------------------------------------------------------------------------------------------------

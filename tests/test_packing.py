@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 import heads
 import pytest
 from helpers import small_config, small_dataset
 from hypothesis import example, given
 from hypothesis import strategies as st
-from racing import KNOB, Lab, levels, put, row_of, states
+from racing import KNOB, Lab, levels, states
+from workers import simulated_worker
 
 from autoenc import batches
 from autoenc.errors import InputError
@@ -30,11 +29,9 @@ from autoenc.sweep.packing import (
     fraction,
     out_of_gpu_memory,
     packing,
-    pairing_warning,
     precision_warning,
 )
 from autoenc.sweep.parts import Resources
-from autoenc.sweep.store import Store
 
 GIB = 2**30
 L40S, V100 = Use("NVIDIA L40S", 3.1 * GIB, 45 * GIB, 0.22), Use("Tesla V100-PCIE-16GB", 3.1 * GIB, 16 * GIB, 0.22)
@@ -229,47 +226,19 @@ def test_memory_that_ran_out_is_told_from_other_failures():
 # A real Ray with a GPU that is only its word --------------------------------------------------------------------------
 
 def crowded_worker(least: float):
-    """A worker whose trial runs out of memory after two epochs where Ray gave it less than so much of a GPU. Local: Ray
-    sends it to its processes by value."""
-    import ray
-    from ray import tune
-
-    from autoenc.config import make_config
-
-    class Crowded(tune.Trainable):
-        def setup(self, config):
-            task = config["task"]
-            self.settings = make_config(task["config"], "the task")
-            self.trajectory = Store(Path(task["output"])).open(task["key"])
-
-        def reset_config(self, new_config):
-            self.setup(new_config)
-            return True
-
-        def step(self):
-            rows = self.trajectory.rows()
-            if len(rows) == self.settings.train.epochs:
-                return {"outcome": "completed"}
-            mine = ray.get_runtime_context().get_assigned_resources()["GPU"]
-            if mine < least and len(rows) >= 2:
-                note = "out of GPU memory with train.batch_size 16 (OutOfMemoryError: CUDA out of memory.)"
-                put(self.trajectory, rows, failed=note)
-                return {"outcome": "failed", "note": note}
-            row = row_of(len(rows) + 1, levels(self.settings)[len(rows)])
-            put(self.trajectory, [*rows, row])
-            time.sleep(0.1)
-            return {"row": row}
-
-    return Crowded
+    """A worker whose trial runs out of memory after two epochs where Ray gave it less than so much of a GPU."""
+    note = "out of GPU memory with train.batch_size 16 (OutOfMemoryError: CUDA out of memory.)"
+    return simulated_worker(seconds=lambda rows: 0.1,
+                            fails=lambda rows, has: note if has["GPU"] < least and len(rows) >= 2 else "")
 
 
 @pytest.fixture(scope="module")
 def one_gpu(ray_token) -> Iterator[Cluster]:
     """A head that says it has a V100: Ray shares it as it would a real one."""
     with heads.head(ray_token, "--num-cpus=6", "--num-gpus=1", '--resources={"accelerator_type:V100": 1}') as address:
-        from autoenc.sweep import run_ray
+        from autoenc.sweep import ray_cluster
 
-        with run_ray.cluster(address) as here:
+        with ray_cluster.cluster(address) as here:
             yield here
 
 
@@ -346,10 +315,3 @@ def test_a_kind_of_gpu_that_is_asked_for_is_all_there_is():
     for cluster, have in ((both, "its GPUs are L40S, V100"), (of_nodes(Node("1", "n1", 8, 0)), "it has no GPUs")):
         with pytest.raises(InputError, match=f"accelerator: 'A100': the cluster has none of that kind: {have}"):
             cluster.share(Resources(accelerator="A100"), 1)
-
-
-@given(st.integers(1, 5), st.lists(st.sampled_from(["V100", "L40S", "A100"]), unique=True))
-def test_pairs_of_seeds_on_several_kinds_are_warned_of(repeats, kinds):
-    said = pairing_warning(repeats, kinds)
-    assert bool(said) == (repeats > 1 and len(kinds) > 1)
-    assert not said or f"resources.accelerator={kinds[0]}" in said

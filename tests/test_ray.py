@@ -20,6 +20,7 @@ import pytest
 import yaml
 from helpers import small_config
 from racing import KNOB, Lab, decision_of, key_of, levels, put, row_of, states
+from workers import simulated_worker
 
 from autoenc import load_config, load_model
 from autoenc.sweep import doors
@@ -215,38 +216,6 @@ def wobbling(config) -> list:
     return values if level < 1 else [0.05] * 5 + ["diverged"] * 3
 
 
-def simulated_worker():
-    """A worker that takes its epochs from the curve, as ``autoenc.sweep.work`` gives them to Ray. Local: Ray sends it
-    to its processes by value."""
-    from ray import tune
-
-    from autoenc.config import make_config
-
-    class Simulated(tune.Trainable):
-        def setup(self, config):
-            task = config["task"]
-            self.settings = make_config(task["config"], "the task")
-            self.trajectory = Store(Path(task["output"])).open(task["key"])
-
-        def reset_config(self, new_config):
-            self.setup(new_config)
-            return True
-
-        def step(self):
-            rows = self.trajectory.rows()
-            if len(rows) == self.settings.train.epochs:
-                return {"outcome": "completed"}
-            what = wobbling(self.settings)[len(rows)]
-            if what == "diverged":
-                put(self.trajectory, rows, diverged={"epoch": len(rows) + 1, "step": 1, "what": "loss"})
-                return {"outcome": "diverged", "note": "by test"}
-            put(self.trajectory, [*rows, row_of(len(rows) + 1, what)])
-            time.sleep(5 if what == 0.05 and len(rows) == 4 else 0.02)           # others come by while it still leads
-            return {"row": row_of(len(rows) + 1, what)}
-
-    return Simulated
-
-
 @pytest.fixture(scope="module")
 def cluster(ray_token):
     """One for all: a process can start Ray with one token only."""
@@ -255,11 +224,12 @@ def cluster(ray_token):
         patch.setenv("RAY_TMPDIR", folder)
         patch.setenv("RAY_AUTH_TOKEN_PATH", str(ray_token))
         doors.prepare_local()
-        from autoenc.sweep import run_ray
+        from autoenc.sweep import ray_cluster, run_ray
 
         patch.setenv("PYTHONPATH", os.pathsep.join([str(RUNNER.parent), str(Path(__file__).parent)]))
-        patch.setattr(run_ray, "_Trainable", simulated_worker())
-        with run_ray.cluster(None) as cluster:
+        patch.setattr(run_ray, "_Trainable", simulated_worker(
+            wobbling, seconds=lambda rows: 5 if (len(rows), rows[-1]["val/mse"]) == (5, 0.05) else 0.02))
+        with ray_cluster.cluster(None) as cluster:
             yield cluster
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -50,7 +50,7 @@ def test_trials_csv(lab):
     race = lab.run()
     lab.folder.write_trials(race)
     rows = table(lab)
-    assert list(rows[0]) == [*COLUMNS, KNOB, "model.heads", "val/mse", "val/ssim", "stability/epochs"]
+    assert list(rows[0]) == [*COLUMNS, KNOB, "model.heads", "val/mse", "val/ssim", "stability/epochs", "device_name"]
     assert [tuple(row[column] for column in COLUMNS[:7]) for row in rows] == [
         ("A_seed42", "A", "42", "completed", "8", "8", "5"), ("B_seed42", "B", "42", "completed", "8", "8", "5"),
         ("C_seed42", "C", "42", "stopped", "2", "2", "2"), ("D_seed42", "D", "42", "diverged", "1", "1", "1"),

@@ -166,8 +166,8 @@ from autoenc.settings import DataConfig
 from autoenc.sweep import doors
 from autoenc.sweep.parts import Resources
 address, hidden, shared = doors.knock(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
-from autoenc.sweep import run_ray
-with run_ray.cluster(address) as here:
+from autoenc.sweep import ray_cluster, run_ray
+with ray_cluster.cluster(address) as here:
     assert [(node.host, node.cpus) for node in here.nodes] in ([("n1", 0), ("n2", 1)], [("n2", 1), ("n1", 0)])
     run_ray.check_visible(here, [Resources()], shared, [DataConfig()])
     listed = DataConfig(source="manifest", manifest=str(hidden / "layouts.csv"))
@@ -238,9 +238,9 @@ OTHER_VERSION = "import ray; ray.__version__ = '2.9.3'; from ray.scripts.scripts
 def test_a_cluster_of_another_version(ray_token):
     """Its own word for it is another version's: by that Ray compares."""
     with heads.head(ray_token, "--num-cpus=1", ray=(sys.executable, "-c", OTHER_VERSION)) as address:
-        from autoenc.sweep import run_ray
+        from autoenc.sweep import ray_cluster
 
-        with pytest.raises(InputError) as error, run_ray.cluster(address):
+        with pytest.raises(InputError) as error, ray_cluster.cluster(address):
             pass
         ours = platform.python_version()
         assert str(error.value).startswith(

@@ -65,7 +65,7 @@ class Cluster:
 
         Raises :class:`InputError` where the cluster can never give what one trial asks for.
         """
-        cpus, gpus, here = resources.cpus, resources.gpus, self.only(resources.accelerator)
+        cpus, gpus, here = resources.cpus, resources.gpus, self.only(resources.kind)
         if self.grows:
             return cpus, (1.0 if self.gpus else 0.0) if gpus == "auto" else float(gpus), self.slots
         if gpus == "auto":
@@ -164,14 +164,6 @@ def trials(number: int) -> str:
 def out_of_gpu_memory(note: str) -> bool:
     """Whether a trial failed because its GPU had no memory left."""
     return _MEMORY.search(note) is not None
-
-
-def pairing_warning(repeats: int, kinds: Sequence[str]) -> str:
-    """What is to be said of seeds that are compared in pairs on GPUs of these kinds; empty: nothing."""
-    if repeats < 2 or len(kinds) < 2:
-        return ""
-    return (f"decision.repeats compares seeds in pairs, and on different GPUs ({', '.join(kinds)}) a seed is not the "
-            f"same training: --set resources.accelerator={kinds[0]} keeps to one kind")
 
 
 def precision_warning(precisions: set[str], kinds: Sequence[str]) -> str:

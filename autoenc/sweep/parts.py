@@ -154,10 +154,16 @@ class Resources(Section):
     gpus: Annotated[float | Literal["auto"], BeforeValidator(_gpus)] = "auto"
     """of a trial; auto: one where there are enough, else a share by what a trial takes of it (autoenc.sweep.gpu)"""
     accelerator: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,60}$")] | None = None
-    """the kind of GPU to train on, by Ray's name (V100, L40S, A100-80G), where a cluster has several; none: any"""
+    """the kind of GPU to train on, by Ray's name (V100, L40S, A100-80G), where a cluster has several; any: whatever is
+    free; none: whatever is free, but one kind for each seed where seeds are compared in pairs"""
     store_gb: Annotated[float | None, Field(gt=0), BeforeValidator(lambda value: None if value == "none" else value)] \
         = 20.0
     """how large the store may get before checkpoints of trials that lost give way, 10⁹ bytes; none: without limit"""
+
+    @property
+    def kind(self) -> str | None:
+        """The one kind of GPU that was asked for."""
+        return None if self.accelerator == "any" else self.accelerator
 
 
 PARTS: dict[str, type[Section]] = {"search": Search, "asha": Asha, "objective": Measured, "decision": Decision,

@@ -42,6 +42,11 @@ class Past:
         return [(event["settings"], event.get("from")) for event in self.events
                 if event.get("event") == "suggested" and isinstance(event.get("settings"), dict)]
 
+    def homes(self) -> dict[int, str]:
+        """The kind of GPU that the trials of each seed were last kept to."""
+        return {event["seed"]: event["kind"] for event in self.events if event.get("event") == "seed placed"
+                and type(event.get("seed")) is int and isinstance(event.get("kind"), str)}
+
     def told(self, kind: str, **content: Any) -> bool:
         """Whether there is an event of this kind with this content."""
         return any(event.get("event") == kind and all(event.get(key) == value for key, value in content.items())

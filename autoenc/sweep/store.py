@@ -164,7 +164,7 @@ class SweepFolder:
                 link.symlink_to(relative, target_is_directory=True)
 
     def write_trials(self, race: Race) -> None:
-        """``trials.csv``: a row a trial, with every varied setting and every figure at the best epoch."""
+        """``trials.csv``: a row a trial, with every varied setting, every figure at the best epoch, and what GPU it was."""
         varied = race.spec.varied
         rows, counted = [], set()
         for trial in race.trials:
@@ -178,8 +178,10 @@ class SweepFolder:
                 "best_epoch": int(found.pop("epoch", 0)),
                 "seconds": round(sum(row["seconds"] for row in run.rows), 3), "device": status.get("device", ""),
                 **{key: _cell(trial.run.config.flat()[key]) for key in varied},
-                **{key: value for key, value in found.items() if key != "seconds"}})
-        header = list(dict.fromkeys(key for row in rows for key in row))
+                **{key: value for key, value in found.items() if key != "seconds"},
+                "device_name": status.get("device_name", "")})
+        header = list(dict.fromkeys(key for row in rows for key in row if key != "device_name"))
+        header += ["device_name"] if rows else []
         text = io.StringIO()
         writer = csv.DictWriter(text, header, lineterminator="\n")
         writer.writeheader()

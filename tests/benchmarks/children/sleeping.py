@@ -17,7 +17,7 @@ os.environ["RAY_AUTH_MODE"] = "disabled"      # before Ray is imported; its head
 
 from ray.cluster_utils import Cluster
 
-from autoenc.sweep import run_ray
+from autoenc.sweep import ray_cluster, run_ray
 from autoenc.sweep.inherit import arm_candidates, load_chain, starting_point
 from autoenc.sweep.race import Race
 from autoenc.sweep.store import Store, SweepFolder
@@ -68,7 +68,7 @@ def main(trials: int, epochs: int, output: str, nodes: int, slots: int) -> None:
     try:
         for _ in range(nodes - 1):
             cluster.add_node(num_cpus=slots, object_store_memory=80 * 2**20)
-        with sweep.writing(), run_ray.cluster(cluster.address) as here:
+        with sweep.writing(), ray_cluster.cluster(cluster.address) as here:
             race = Race(spec, start, arm_candidates(spec, start), emit=sweep.emit, open_trajectory=Store(folder).open,
                         key_of=lambda config: trajectory_key(config, "none", "cpu"), past=sweep.events())
             run_ray.run(race, here, folder=sweep.path, output=folder)

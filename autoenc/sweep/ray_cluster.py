@@ -1,0 +1,143 @@
+"""A Ray cluster: joined or started, what it has, calls on it. Nothing but this and run_ray.py imports Ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from autoenc.custom import arrive, for_workers
+from autoenc.errors import InputError
+from autoenc.interrupts import leave_warnings_to_us, take_signals
+from autoenc.sweep.packing import Cluster, Node
+from autoenc.sweep.parts import Resources
+
+# Before ray is imported: Tune's own files, its own signal handler and its chatter are not wanted.
+os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1",
+               "TUNE_FORCE_TRIAL_CLEANUP_S": "3", "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000000",
+               "RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
+               "TUNE_RESULT_BUFFER_LENGTH": "1", "RAY_AIR_NEW_OUTPUT": "0"}
+
+import ray
+from ray.autoscaler.sdk import request_resources
+
+GROWTH_SECONDS = 900.0          # for a cluster that grows on demand to bring its first node
+
+
+@contextmanager
+def cluster(address: str | None, dashboard_host: str = "127.0.0.1", slots: int | None = None,
+            first: Resources | None = None) -> Iterator[Cluster]:
+    """Join the Ray cluster at ``address``, or (None) start a local one and end it with the block. Who gets in is
+    :mod:`autoenc.sweep.doors`' matter, before this module is imported. ``slots``: as in :class:`Cluster`. ``first``: it
+    grows on demand, and what :func:`grown` waits for.
+
+    Raises :class:`InputError` where Ray cannot start or join.
+    """
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"ray\.")
+    own = {"dashboard_host": dashboard_host} if address is None else {}
+    leave_warnings_to_us()
+    try:
+        try:
+            with quiet():
+                context = ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False,
+                                   configure_logging=True, **own)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            why = _why(error)
+            raise InputError(f"--address {address}: cannot join: {why}" if address else
+                             f"a local Ray cannot be started: {why}") from None
+        finally:
+            take_signals()           # ray.init takes SIGTERM for itself
+        total = ray.cluster_resources() if first is None else grown(first)
+        url = context.dashboard_url
+        yield Cluster(int(total.get("CPU", 0)), total.get("GPU", 0.0), f"http://{url}" if url else None,
+                      address is None, slots, first is not None, _metrics_url(context.address_info), nodes())
+    finally:
+        with quiet():
+            ray.shutdown()           # also of a cluster that was joined in part: at its end Tune would ask it for keys
+
+
+def _why(error: Exception) -> str:
+    """Why Ray cannot be joined, in one line."""
+    versions = re.findall(r"Ray: (\S+)\s+Python: (\S+)", str(error))
+    if len(versions) == 2:
+        (theirs, their_python), (ours, our_python) = versions
+        return (f"it runs Ray {theirs} on Python {their_python}, this command Ray {ours} on Python {our_python}, and "
+                "both must be the same: run the command in the environment that the cluster was started from, or start "
+                "the cluster from this one")
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def nodes() -> tuple[Node, ...]:
+    found = []
+    for node in ray.nodes():
+        has = node["Resources"] if node["Alive"] else {}
+        kinds = sorted(name.partition(":")[2] for name in has if name.startswith("accelerator_type:"))
+        if has:
+            found.append(Node(node["NodeID"], node["NodeManagerHostname"], int(has.get("CPU", 0)), has.get("GPU", 0.0),
+                              kinds[0] if kinds else ""))
+    return tuple(found)
+
+
+def grown(first: Resources) -> dict[str, float]:
+    """The resources of a cluster that grows on demand, once it has those of a first trial: it may have no worker yet.
+
+    Raises :class:`InputError` where it has not brought them within ``GROWTH_SECONDS``.
+    """
+    wanted = {"CPU": float(first.cpus)} | ({"GPU": float(first.gpus)} if first.gpus not in ("auto", 0) else {})
+    until = time.monotonic() + GROWTH_SECONDS
+    while any((total := ray.cluster_resources()).get(name, 0.0) < much for name, much in wanted.items()):
+        if time.monotonic() > until:
+            asked = ", ".join(f"{much:g} {name}" for name, much in wanted.items())
+            raise InputError(f"--grow: the cluster has not brought what one trial needs ({asked}) within "
+                             f"{GROWTH_SECONDS / 60:g} minutes; ray status on its head says why")
+        request_resources(bundles=[wanted])
+        time.sleep(1)
+    request_resources(bundles=[])               # from here on the trials that wait ask for it
+    return total
+
+
+def _metrics_url(node: dict[str, Any]) -> str | None:
+    host, port = node.get("node_ip_address", ""), node.get("metrics_export_port")
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics" if host and port else None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what Ray's processes print while starting and ending out of the person's terminal."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    sink = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(sink)
+
+
+def call(cpus: int, gpus: float, function: Callable[..., Any], *task: Any, seconds: float,
+          kind: str | None = None) -> Any:
+    """The same with these resources, on a node with GPUs of this kind."""
+    # An actor rather than a task: to end a task by force that has just ended crashes Ray's driver.
+    caller = ray.remote(num_cpus=cpus, num_gpus=gpus, accelerator_type=kind)(_Caller).remote()
+    try:
+        return ray.get(caller.call.remote(for_workers(), function, *task, cpus, "cuda" if gpus else "cpu"),
+                       timeout=seconds)
+    finally:
+        with suppress(Exception):               # Ray itself is gone
+            ray.kill(caller)
+
+
+class _Caller:
+    def call(self, own: dict[str, tuple[str, str, bytes]], function: Callable[..., Any], *task: Any) -> Any:
+        arrive(own)
+        return function(*task)
