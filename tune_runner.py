@@ -25,7 +25,7 @@ from autoenc.errors import InputError, command, did_you_mean
 from autoenc.interrupts import Deadline, limited
 from autoenc.report import gallery
 from autoenc.report.watch import Watched
-from autoenc.sweep import doors, export, final, inherit, live, own, plan, walltime
+from autoenc.sweep import doors, export, final, inherit, live, own, pace, plan, walltime
 from autoenc.sweep.journal import write_journal
 from autoenc.sweep.missed import missed
 from autoenc.sweep.phase import Phase, conclude, decide_race, device_kind, open_phase, standing_decision, survey
@@ -164,14 +164,20 @@ def dry_run(console: Console, specs: list[Spec], output: Path) -> int:
     return 0
 
 
-def show_plan(console: Console, phase: Phase, race: Race | None, cluster: Cluster | None = None) -> None:
-    pace = phase.store.seconds_per_epoch([run.key for run in race.runs.values()]) if race else None
+def show_plan(console: Console, phase: Phase, race: Race | None, cluster: Cluster | None = None,
+              measured: float | None = None) -> None:
+    """``measured``: seconds an epoch, where the store does not tell."""
+    known = (measured, "at the pace of the largest model, measured now") if measured else (_stored_pace(phase, race), "at the stored pace")
     slots = _slots(race, cluster) if race and cluster else None
     words = plan.data_in_words(phase.dataset) if phase.dataset else ""
     if race:
         plan.check_space(phase.spec, race, slots or 1, phase.output)
-    plan.show_plan(console, phase.spec, phase.arms, phase.parent, race, slots, pace, words, phase.reasons,
+    plan.show_plan(console, phase.spec, phase.arms, phase.parent, race, slots, known, words, phase.reasons,
                    plan.free_space(phase.output))
+
+
+def _stored_pace(phase: Phase, race: Race | None) -> float | None:
+    return phase.store.seconds_per_epoch([run.key for run in race.runs.values()]) if race else None
 
 
 def _slots(race: Race, cluster: Cluster) -> int:
@@ -206,7 +212,7 @@ class Runner:
             race = phase.race(device_kind(spec, self.cluster))
             self.try_own(race)
             self.share_gpus(race)
-        show_plan(self.console, phase, race, self.cluster)
+        show_plan(self.console, phase, race, self.cluster, self.measured_pace(phase, race))
         with phase.writing() as folder:
             race = phase.race(device_kind(spec, self.cluster), folder.emit)
             folder.link_trials(race)
@@ -252,6 +258,18 @@ class Runner:
             self.cluster = run_ray.pack(race, self.cluster, partial(
                 self.console.print, highlight=False, markup=False, soft_wrap=True))
 
+    def measured_pace(self, phase: Phase, race: Race) -> float | None:
+        """Seconds an epoch, measured on a worker; None where the store tells, and where it is not worth it."""
+        if self.cluster is None or race.idle or _stored_pace(phase, race) is not None:
+            return None
+        images, device = len(phase.dataset.splits["train"]), device_kind(phase.spec, self.cluster)
+        if not pace.worth_measuring(race, images, device):
+            return None
+        from autoenc.sweep import run_ray
+
+        with self.console.status("measuring how long an epoch takes …"):
+            return run_ray.measured_pace(race, self.cluster)
+
     def train(self, phase: Phase, race: Race) -> None:
         """Run on the cluster what the race asks for, shown live."""
         from autoenc.sweep import run_ray
@@ -265,7 +283,7 @@ class Runner:
             nonlocal linked
             progress.update()
             if len(race.trials) != linked:
-                phase.folder.link_trials(race)
+                phase.folder.link(race.trials[linked:])
                 linked = len(race.trials)
             for run in [run for run in race.runs.values() if run.ended and run.id not in ended]:
                 ended.add(run.id)

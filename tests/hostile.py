@@ -20,7 +20,7 @@ from sweepfiles import places
 
 import tune_runner
 from autoenc.errors import InputError
-from autoenc.sweep.driver import Driver
+from autoenc.sweep.driver import Driver, in_text
 from autoenc.sweep.work import Task, work
 
 torch.set_num_threads(1)
@@ -135,8 +135,7 @@ def command(arguments: Sequence[str], report: bool = False) -> Outcome:
             while (run := driver.next()) is not None:
                 for said in work(Task(**driver.task(run)["task"])):
                     outcome.trained[run.key] += "epoch" in said
-                    row = {f"row/{name}": value for name, value in said.get("row", {}).items()}
-                    if driver.take(run, {**{key: value for key, value in said.items() if key != "row"}, **row}):
+                    if driver.take(run, in_text(said)):
                         break
             phase.folder.write_trials(race)
 

@@ -290,7 +290,7 @@ def test_a_job_without_the_token_does_not_get_in(head):
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_a_job_that_is_stopped_goes_on_where_it_was(head):
-    head.write(long={"name": "long", "arms": arms(2, 10), "config": {"train": {"epochs": 30}}})
+    head.write(long={"name": "long", "arms": arms(2, 10), "config": {"train": {"epochs": 120, "batch_size": 4}}})
     head.submit("stopped", "long", wait=False)
     until = time.monotonic() + 120
     while sum(head.stored("long").values()) < 6:
@@ -300,10 +300,10 @@ def test_a_job_that_is_stopped_goes_on_where_it_was(head):
     assert head.ended("stopped") == "STOPPED"
     assert "what was done is kept; go on with the same command" in head.logs("stopped")
     kept = head.stored("long")
-    assert sum(kept.values()) < 60
+    assert sum(kept.values()) < 240
     assert head.submit("again", "long").returncode == 0
     assert {name: int(row["epochs_trained"]) for name, row in head.trials("long").items()} == {
-        name: 30 - kept[name] for name in kept}
+        name: 120 - kept[name] for name in kept}
 
 
 # Several at once ------------------------------------------------------------------------------------------------------

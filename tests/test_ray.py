@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -316,3 +317,27 @@ def paused(folder: Path, cluster) -> None:
         again = lab.race()
         run_ray.run(again, cluster, folder=lab.folder.path, output=folder)
         assert again.done and sum(run.trained for run in (*race.runs.values(), *again.runs.values())) == 8 * len(ARMS)
+
+
+@pytest.mark.slow
+def test_an_epoch_is_measured_where_the_sweep_is_long(tmp_path, cluster):
+    """The largest arm is, or the start where points are still to be drawn; what cannot be trained is left to the
+    trials to say."""
+    from autoenc.sweep import pace, run_ray
+
+    def race(**content):
+        tiny = {"data": {"image_size": 16, "limit": 60, **content.pop("data", {})},
+                "model": {"latent_channels": 2, "base_channels": 8, "downsampling_steps": 2}}
+        return Lab(tmp_path, config={**tiny, "train": {"batch_size": 16}}, **content).race()
+
+    arms = race(arms={"A": {"model.base_channels": 16}, "B": {}})
+    assert pace.largest(arms)["model.base_channels"] == 16
+    assert 0 < run_ray.measured_pace(arms, cluster) < 30
+    drawn = race(space={"train.weight_decay": {"type": "float", "low": 0.1, "high": 1}}, search={"trials": 10})
+    assert not drawn.runs and pace.largest(drawn) == drawn.start
+    pixels = 10 * 8 * 16**2                      # of one image, over all epochs
+    assert pace.worth_measuring(drawn, math.ceil(2e8 / pixels), "cpu")
+    assert not pace.worth_measuring(drawn, math.floor(2e8 / pixels), "cpu")
+    assert not pace.worth_measuring(drawn, math.ceil(2e8 / pixels), "cuda")
+    broken = race(arms={"A": {}}, data={"source": "manifest", "manifest": str(tmp_path / "none.csv")})
+    assert run_ray.measured_pace(broken, cluster) is None

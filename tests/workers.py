@@ -25,6 +25,7 @@ def simulated_worker(curve: Curve = levels, *, seconds: Callable[[Sequence[Any]]
     from ray import tune
 
     from autoenc.config import make_config
+    from autoenc.sweep.driver import in_text
 
     class Simulated(tune.Trainable):
         def setup(self, config):
@@ -53,6 +54,6 @@ def simulated_worker(curve: Curve = levels, *, seconds: Callable[[Sequence[Any]]
             row = row_of(len(rows) + 1, what)
             put(self.trajectory, [*rows, row], **self.about)
             time.sleep(seconds([*rows, row]))
-            return {"row": row}
+            return in_text({"row": row})
 
     return Simulated

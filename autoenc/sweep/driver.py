@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,6 +15,12 @@ from autoenc.sweep.pairing import Pairing
 from autoenc.sweep.race import Race
 from autoenc.sweep.standing import Run
 from autoenc.sweep.work import Task
+
+
+def in_text(said: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`autoenc.sweep.work.work` says, with an epoch's figures as one text: of every number in a trial's last
+    result Tune keeps a dozen statistics, and a thousand trials would take a gigabyte."""
+    return said | {"row": json.dumps(said["row"])} if "row" in said else said
 
 
 class Driver:
@@ -68,14 +75,14 @@ class Driver:
         return self.broken is not None or self.out_of_time or bool(self.crowded) or self.race.done
 
     def take(self, run: Run, result: dict[str, Any]) -> bool:
-        """What a worker said of its run; whether the trial ends here."""
+        """What a worker said of its run, as :func:`in_text`; whether the trial ends here."""
         if self.broken or run.ended:
             return True
         if "outcome" in result:
             self.end(run, result["outcome"], result.get("note", ""))
             return True
         ends = False
-        row = {name.removeprefix("row/"): value for name, value in result.items() if name.startswith("row/")}
+        row = json.loads(result["row"]) if "row" in result else {}
         if "warning" in result:
             self.race.note("warning", run, note=result["warning"])
             self.say(f"{self.race.name_of(run)}: {result['warning']}")

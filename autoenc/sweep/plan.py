@@ -41,9 +41,10 @@ def show_chain(console: Console, rows: Sequence[tuple[Spec, list[str], Winner | 
 
 
 def show_plan(console: Console, spec: Spec, arms: Sequence[Candidate], parent: Winner | None, race: Race | None,
-              slots: int | None, seconds_per_epoch: float | None, data: str, reasons: Sequence[str],
+              slots: int | None, pace: tuple[float | None, str], data: str, reasons: Sequence[str],
               free: int) -> None:
-    """The plan of one sweep: inherited winner, arms as differences, budget at most, slots, data."""
+    """The plan of one sweep: inherited winner, arms as differences, budget at most, slots, data. ``pace``: seconds an
+    epoch, and how they are known."""
     console.print()
     console.rule(f"[bold]{spec.name}[/]", align="left")
     if spec.description:
@@ -71,7 +72,7 @@ def show_plan(console: Console, spec: Spec, arms: Sequence[Candidate], parent: W
         table.columns.pop()
     console.print(table)
     budget = "decided: nothing to train" if not reasons else _budget(
-        spec, arms, race, slots, seconds_per_epoch, free)
+        spec, arms, race, slots, pace, free)
     if spec.takes_over and race and reasons and all(run.at_end for run in race.runs.values()):
         budget = "nothing to train: the winner is taken over as it was trained"
     elif race and reasons and race.idle:
@@ -81,7 +82,7 @@ def show_plan(console: Console, spec: Spec, arms: Sequence[Candidate], parent: W
 
 
 def _budget(spec: Spec, arms: Sequence[Candidate], race: Race | None, slots: int | None,
-            seconds_per_epoch: float | None, free: int) -> str:
+            pace: tuple[float | None, str], free: int) -> str:
     sampled = spec.trials - len(arms) if spec.space else 0
     default = spec.config.get("train.epochs", Config().train.epochs)
     each = max((arm.config.train.epochs for arm in arms), default=default)
@@ -98,8 +99,8 @@ def _budget(spec: Spec, arms: Sequence[Candidate], race: Race | None, slots: int
     said.append(f"{megabytes(disk)} on disk{beside} ({megabytes(free)} free)")
     if slots:
         said.append(f"{slots} at a time")
-    if seconds_per_epoch and slots:
-        said.append(f"about {duration(most * seconds_per_epoch / slots)} at the stored pace")
+    if pace[0] and slots:
+        said.append(f"about {duration(most * pace[0] / slots)} {pace[1]}")
     return ", ".join(said)
 
 

@@ -26,6 +26,7 @@ os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_H
 
 import ray
 from ray.autoscaler.sdk import request_resources
+from ray.tune.execution import class_cache
 
 GROWTH_SECONDS = 900.0          # for a cluster that grows on demand to bring its first node
 
@@ -42,6 +43,8 @@ def cluster(address: str | None, dashboard_host: str = "127.0.0.1", slots: int |
     logging.getLogger("ray").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"ray\.")
     own = {"dashboard_host": dashboard_host} if address is None else {}
+    if address is None:
+        _use_ready_workers()
     leave_warnings_to_us()
     try:
         try:
@@ -61,6 +64,16 @@ def cluster(address: str | None, dashboard_host: str = "127.0.0.1", slots: int |
     finally:
         with quiet():
             ray.shutdown()           # also of a cluster that was joined in part: at its end Tune would ask it for keys
+
+
+def _use_ready_workers() -> None:
+    """Have Tune's trials run in the processes that Ray keeps ready. Tune gives its trials environment variables, by
+    which Ray takes them to need processes of their own, whose start takes a second. Here every process inherits them
+    from this one; not so on nodes that were there before."""
+    with suppress(AttributeError):              # another version of Ray: as it always was
+        os.environ |= class_cache.DEFAULT_ENV_VARS
+        class_cache.DEFAULT_ENV_VARS.clear()
+        class_cache.ENV_VARS_TO_PROPAGATE.clear()
 
 
 def _why(error: Exception) -> str:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from autoenc.custom import arrive
 from autoenc.interrupts import Deadline, interrupt, take_signals
-from autoenc.sweep import gpu, packing, plan, visible
-from autoenc.sweep.driver import Driver
+from autoenc.sweep import gpu, pace, packing, visible
+from autoenc.sweep.driver import Driver, in_text
 from autoenc.sweep.gauges import Gauges
 from autoenc.sweep.packing import Cluster
 from autoenc.sweep.pairing import make_pairing, pairing_words
@@ -136,9 +136,9 @@ def pack(race: Race, here: Cluster, say: Callable[[str], None]) -> Cluster:
         say(words)
     shared = spec.resources.gpus == "auto" and here.gpus and not here.grows
     enough = here.enough(_at_once(race)) if shared else 1
-    if enough == 1 or not waiting:
+    if enough == 1 or not (waiting or spec.trials > len(race.runs)):
         return whole
-    largest = max(waiting, key=lambda config: (plan.parameters(config), config.train.batch_size)).flat()
+    largest = pace.largest(race)
     try:
         uses = [call(spec.resources.cpus, 1.0, gpu.measure, largest, seconds=gpu.LIMIT_SECONDS, kind=kind)
                 for kind in here.kinds or [None]]
@@ -151,6 +151,14 @@ def pack(race: Race, here: Cluster, say: Callable[[str], None]) -> Cluster:
     number, words = packing.choose(uses, here.beside(spec.resources.cpus), enough)
     say(words)
     return replace(whole, packing=number)
+
+
+def measured_pace(race: Race, here: Cluster) -> float | None:
+    """Seconds an epoch takes of the largest model that waits, about; None where that cannot be measured."""
+    try:
+        return apart(race, here, pace.measure, pace.largest(race), seconds=pace.LIMIT_SECONDS)
+    except Exception:                           # the trials themselves will say what is wrong
+        return None
 
 
 def check_visible(here: Cluster, resources: Sequence[Resources], output: Path, data: Sequence[DataConfig]) -> None:
@@ -309,7 +317,7 @@ class _Trainable(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        return {**next(self.steps), "node_id": self.node}
+        return {**in_text(next(self.steps)), "node_id": self.node}
 
     def cleanup(self) -> None:
         with suppress(Exception):

@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from autoenc.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from autoenc.sweep.race import Race
+    from autoenc.sweep.standing import Trial
 
 
 LEASE_SECONDS = 60       # after which the lock of another host that shows no sign of life is taken over
@@ -152,19 +153,24 @@ class SweepFolder:
         """``trials/<arm>_seed<seed>``: a link to each trial's trajectory; links of trials that are no more go."""
         folder = self.path / "trials"
         folder.mkdir(exist_ok=True)
-        wanted = {trial.name: trial.run.trajectory.folder for trial in race.trials}
+        wanted = {trial.name for trial in race.trials}
         for link in folder.iterdir():
             if link.is_symlink() and link.name not in wanted:
                 link.unlink()
-        for name, target in wanted.items():
-            link = folder / name
+        self.link(race.trials)
+
+    def link(self, trials: Iterable[Trial]) -> None:
+        """The links of these trials, which may be new."""
+        folder = self.path / "trials"
+        for trial in trials:
+            link, target = folder / trial.name, trial.run.trajectory.folder
             relative = os.path.relpath(target, folder)
             if not link.is_symlink() or str(link.readlink()) != relative:
                 link.unlink(missing_ok=True)
                 link.symlink_to(relative, target_is_directory=True)
 
     def write_trials(self, race: Race) -> None:
-        """``trials.csv``: a row a trial, with every varied setting, every figure at the best epoch, and what GPU it was."""
+        """``trials.csv``: a row a trial: every varied setting, every figure at the best epoch, and on which GPU."""
         varied = race.spec.varied
         rows, counted = [], set()
         for trial in race.trials:
