@@ -167,7 +167,8 @@ def dry_run(console: Console, specs: list[Spec], output: Path) -> int:
 def show_plan(console: Console, phase: Phase, race: Race | None, cluster: Cluster | None = None,
               measured: float | None = None) -> None:
     """``measured``: seconds an epoch, where the store does not tell."""
-    known = (measured, "at the pace of the largest model, measured now") if measured else (_stored_pace(phase, race), "at the stored pace")
+    known = (measured, "at the pace of the largest model, measured now") if measured else (
+        _stored_pace(phase, race), "at the stored pace")
     slots = _slots(race, cluster) if race and cluster else None
     words = plan.data_in_words(phase.dataset) if phase.dataset else ""
     if race:
