@@ -18,8 +18,8 @@ from autoenc.sweep.work import Task
 
 
 def in_text(said: dict[str, Any]) -> dict[str, Any]:
-    """What :func:`autoenc.sweep.work.work` says, with an epoch's figures as one text: of every number in a trial's last
-    result Tune keeps a dozen statistics, and a thousand trials would take a gigabyte."""
+    """What :func:`autoenc.sweep.work.work` says, with an epoch's figures as one text: of every number in a trial's
+    results Tune keeps a dozen statistics, hundreds of kilobytes a trial (tests/benchmarks, scale)."""
     return said | {"row": json.dumps(said["row"])} if "row" in said else said
 
 
