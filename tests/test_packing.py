@@ -228,7 +228,7 @@ def test_memory_that_ran_out_is_told_from_other_failures():
 def crowded_worker(least: float):
     """A worker whose trial runs out of memory after two epochs where Ray gave it less than so much of a GPU."""
     note = "out of GPU memory with train.batch_size 16 (OutOfMemoryError: CUDA out of memory.)"
-    return simulated_worker(seconds=lambda rows: 0.1,
+    return simulated_worker(seconds=lambda rows, output: 0.1,
                             fails=lambda rows, has: note if has["GPU"] < least and len(rows) >= 2 else "")
 
 

@@ -12,14 +12,15 @@ from racing import Curve, levels, put, row_of
 from autoenc.sweep.store import Store
 
 
-def simulated_worker(curve: Curve = levels, *, seconds: Callable[[Sequence[Any]], float] = lambda rows: 0.02,
+def simulated_worker(curve: Curve = levels, *,
+                     seconds: Callable[[Sequence[Any], Path], float] = lambda rows, output: 0.02,
                      fails: Callable[[Sequence[Any], Mapping[str, float]], str] = lambda rows, has: "") -> type:
     """A worker that tells of its epochs as ``autoenc.sweep.work`` does, for :mod:`autoenc.sweep.run_ray`. Local: Ray
     sends it to its processes by value.
 
-    ``seconds(rows)``: what the last of these epochs takes. ``fails(rows, resources)``: after these epochs, with what it
-    has of the cluster, it fails, with this note; empty: it does not. Its status names the kind of its GPU, where it was
-    given one of a kind.
+    ``seconds(rows, output)``: what the last of these epochs takes, with this output folder. ``fails(rows, resources)``:
+    after these epochs, with what it has of the cluster, it fails, with this note; empty: it does not. Its status names
+    the kind of its GPU, where it was given one of a kind.
     """
     import ray
     from ray import tune
@@ -31,7 +32,8 @@ def simulated_worker(curve: Curve = levels, *, seconds: Callable[[Sequence[Any]]
         def setup(self, config):
             task = config["task"]
             self.settings = make_config(task["config"], "the task")
-            self.trajectory = Store(Path(task["output"])).open(task["key"])
+            self.output = Path(task["output"])
+            self.trajectory = Store(self.output).open(task["key"])
             self.has = ray.get_runtime_context().get_assigned_resources()
             kinds = [name.partition(":")[2] for name in self.has if name.startswith("accelerator_type:")]
             self.about = {"device_name": kinds[0]} if kinds else {}
@@ -53,7 +55,7 @@ def simulated_worker(curve: Curve = levels, *, seconds: Callable[[Sequence[Any]]
                 return {"outcome": "diverged", "note": "by test"}
             row = row_of(len(rows) + 1, what)
             put(self.trajectory, [*rows, row], **self.about)
-            time.sleep(seconds([*rows, row]))
+            time.sleep(seconds([*rows, row], self.output))
             return in_text({"row": row})
 
     return Simulated
