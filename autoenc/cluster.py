@@ -78,8 +78,10 @@ def node(words: list[str]) -> int:
     # A scheduler's warnings and bkill's first signal reach every process of a job; the sweep is to end before its Ray.
     for number in (signal.SIGINT, signal.SIGHUP, *WARNINGS):
         signal.signal(number, signal.SIG_IGN)
-    # On SIGTERM Ray waits 30 s for services to move to other hosts; here there are none.
+    # On SIGTERM Ray waits 30 s for services to move to other hosts; here there are none. And its workers would give way
+    # (niceness 15) to whoever shares the host.
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1"}
+    os.environ.setdefault("RAY_worker_niceness", "0")
     for name in ("RAY_ADDRESS", "RAY_TMPDIR"):
         os.environ.pop(name, None)
     path = Path(folder)

@@ -191,7 +191,10 @@ class Project:
     def complete(self, name: str | None = None) -> float:
         """Run the command undisturbed; its seconds."""
         began = time.monotonic()
-        code = self.start(name=name).wait(LIMIT)
+        try:
+            code = self.start(name=name).wait(LIMIT)
+        except subprocess.TimeoutExpired:
+            code = f"none within {LIMIT} s"
         if code != 0:
             raise RuntimeError(f"an undisturbed sweep ended with exit code {code}:\n{self.said(name)}")
         return time.monotonic() - began

@@ -328,6 +328,17 @@ def paused(folder: Path, cluster) -> None:
         assert again.done and sum(run.trained for run in (*race.runs.values(), *again.runs.values())) == 8 * len(ARMS)
 
 
+def niceness(*_) -> int:
+    return os.nice(0)
+
+
+@pytest.mark.slow
+def test_workers_do_not_give_way_to_all_else_on_the_machine(cluster):
+    from autoenc.sweep import ray_cluster
+
+    assert ray_cluster.call(1, 0, niceness, seconds=60) == os.nice(0) < 15
+
+
 @pytest.mark.slow
 def test_an_epoch_is_measured_where_the_sweep_is_long(tmp_path, cluster):
     """The largest arm is, or the start where points are still to be drawn; what cannot be trained is left to the

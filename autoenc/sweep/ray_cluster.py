@@ -23,6 +23,9 @@ os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_H
                "TUNE_FORCE_TRIAL_CLEANUP_S": "3", "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000000",
                "RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
                "TUNE_RESULT_BUFFER_LENGTH": "1", "RAY_AIR_NEW_OUTPUT": "0"}
+# Ray starts workers at niceness 15: whatever else is busy on the machine would leave them, and their GPU, a thirtieth
+# of a core. A script that trains has its shell's niceness; so have they, and who wants less says nice.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import ray
 from ray.autoscaler.sdk import request_resources

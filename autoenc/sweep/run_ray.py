@@ -91,7 +91,7 @@ def _fit(race: Race, here: Cluster, folder: Path, output: Path, deadline: Deadli
                                     max_concurrent_trials=slots, reuse_actors=True,
                                     trial_dirname_creator=lambda trial: trial.trial_id),
         run_config=tune.RunConfig(name="tune", storage_path=str(scratch), verbose=0,
-                                  callbacks=[_Restarts(driver), _Waits(driver), _Report(gauges)],
+                                  callbacks=[_Restarts(driver), _Waits(driver, here.local), _Report(gauges)],
                                   checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                                   failure_config=tune.FailureConfig(max_failures=RESTARTS)),
     )
@@ -282,10 +282,13 @@ class _Report(tune.Callback):
 
 
 class _Waits(tune.Callback):
-    """Tells, once, of a sweep that stands still because nothing is free for it: others hold it, or a cluster grows."""
+    """Tells, once, of a sweep that stands still because nothing is free for it: others hold it, or a cluster grows; or
+    because a busy machine is slow to start its workers."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, local: bool) -> None:
         self.driver = driver
+        self.why = "the machine is too busy to start a worker" if local else (
+            "what one needs is not free on the cluster; waiting (ray status on its head shows what is taken)")
         self.since: float | None = None         # from when on trials waited and none ran
         self.told = False
 
@@ -297,8 +300,7 @@ class _Waits(tune.Callback):
             self.since = time.monotonic()
         elif time.monotonic() > self.since + WAITING_SECONDS:
             self.told = True
-            self.driver.say("no trial runs: what one needs is not free on the cluster; waiting (ray status on its head "
-                            "shows what is taken)")
+            self.driver.say(f"no trial runs: {self.why}")
 
 
 class _Trainable(tune.Trainable):
