@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -25,6 +26,14 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+@pytest.fixture(autouse=True)
+def young():
+    """A page looks for garbage after it: among the hundred thousands of objects of other tests for long."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize(("takes", "share"), [(0.01, 0.001), (0.3, 0.02), (2.0, 0.02), (60.0, 0.02)])
