@@ -186,28 +186,12 @@ print("as it should be")
 def test_a_node_without_the_folder_is_told_before_the_first_trial(manifest):
     """A head that runs no trials, and a node that does, on hosts of their own."""
     with hosts.site(["n1", "n2"]) as site, ExitStack() as stack:
-        hidden, token = site.folder / "hidden", "0123456789abcdef" * 4
+        hidden = site.folder / "hidden"
         (hidden / "out").mkdir(parents=True)
         shutil.move(manifest, hidden / "layouts.csv")
         subprocess.run([*site.on("n2"), "mount", "-t", "tmpfs", "tmpfs", str(hidden)], check=True)
-        env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        env |= {"HOME": str(site.home), "RAY_AUTH_TOKEN": token, "RAY_AUTH_MODE": "token",
-                "AUTOENC_CACHE": str(site.folder / "cache"), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-        address = f"{hosts.NETWORK}.1:6379"
-        for name, options in (("n1", ["--head", "--port=6379", "--num-cpus=0", "--include-dashboard=false",
-                                      "--disable-usage-stats", f"--node-ip-address={hosts.NETWORK}.1"]),
-                              ("n2", [f"--address={address}", "--num-cpus=1", f"--node-ip-address={hosts.NETWORK}.2"])):
-            start_ray(stack, site, name, options, env)
-
-        base = {"config": {"data": {"image_size": 16, "limit": 40}, "model": {"downsampling_steps": 2}}}
-        sweep = {"name": "first", "arms": {"S": {"model.latent_channels": 2}}}
-        for name, content in (("base", base), ("first", sweep)):
-            (site.folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
-
-        def on_head(*words: str | Path) -> subprocess.CompletedProcess:
-            return subprocess.run([*site.on("n1"), "env", "-C", site.folder, sys.executable, *words], env=env,
-                                  capture_output=True, text=True, timeout=200)
-
+        address, on_head = two_hosts(stack, site, cpus=(0, 1), RAY_AUTH_TOKEN="0123456789abcdef" * 4,
+                                     RAY_AUTH_MODE="token")
         done = on_head(ROOT / "tune_runner.py", "first.yaml", "--output", "hidden/out", "--address", address)
         assert (done.returncode, done.stderr) == (2, (
             f"error: --output {hidden / 'out'}: n2 does not see it. Every node must see this folder under this path: "
@@ -215,6 +199,52 @@ def test_a_node_without_the_folder_is_told_before_the_first_trial(manifest):
         assert list((hidden / "out").iterdir()) == []
         done = on_head("-c", ASK, address, hidden, site.folder / "shared")
         assert (done.returncode, done.stdout) == (0, "as it should be\n"), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_a_sweep_over_two_hosts_whose_ray_demands_no_token():
+    """Only where that is asked for, and then on both of them. Nobody outside reaches these hosts."""
+    with hosts.site(["n1", "n2"]) as site, ExitStack() as stack:
+        address, on_head = two_hosts(stack, site, cpus=(1, 1), RAY_AUTH_MODE="disabled")
+        command = (ROOT / "tune_runner.py", "first.yaml", "--output", "shared/out", "--address", address)
+        done = on_head(*command)
+        assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+        assert address in done.stderr and "CVE-2023-48022" in done.stderr and "--insecure" in done.stderr
+        assert not (site.folder / "shared").exists()
+        done = on_head(*command, "--insecure")
+        assert done.returncode == 0, done.stdout + done.stderr
+        out = site.folder / "shared" / "out"
+        states = [json.loads(path.read_text()) for path in (out / "store").glob("*/status.json")]
+        assert sorted(state["state"] for state in states) == ["completed"] * 4
+        assert {state["host"] for state in states} == {"n1", "n2"}
+        assert yaml.safe_load((out / "first" / "best_config.yaml").read_text())
+        assert not (site.home / ".ray" / "auth_token").exists()
+
+
+def two_hosts(stack: ExitStack, site: hosts.Site, cpus: tuple[int, int], **variables: str) -> tuple[str, Callable]:
+    """Ray on n1, its head, and on n2, with so many CPUs; its address, and what runs Python on n1 beside a sweep of four
+    arms, first.yaml."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env |= {"HOME": str(site.home), "AUTOENC_CACHE": str(site.folder / "cache"),
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **variables}
+    address = f"{hosts.NETWORK}.1:6379"
+    head = ["--head", "--port=6379", "--include-dashboard=false", "--disable-usage-stats"]
+    for number, options in enumerate((head, [f"--address={address}"]), start=1):
+        start_ray(stack, site, f"n{number}", [*options, f"--num-cpus={cpus[number - 1]}",
+                                              f"--node-ip-address={hosts.NETWORK}.{number}"], env)
+    base = {"config": {"data": {"image_size": 16, "limit": 40}, "train": {"epochs": 3},
+                       "model": {"latent_channels": 2, "downsampling_steps": 2}}}
+    sweep = {"name": "first", "arms": {name: {"model.base_channels": channels}
+                                       for name, channels in zip("ABCD", (8, 12, 16, 20), strict=True)}}
+    for name, content in (("base", base), ("first", sweep)):
+        (site.folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+
+    def on_head(*words: str | Path) -> subprocess.CompletedProcess:
+        return subprocess.run([*site.on("n1"), "env", "-C", site.folder, sys.executable, *words], env=env,
+                              capture_output=True, text=True, timeout=200)
+
+    return address, on_head
 
 
 def start_ray(stack: ExitStack, site: hosts.Site, name: str, options: list[str], env: dict[str, str]) -> None:
