@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,3 +13,21 @@ import pytest
 def ray_token(tmp_path_factory) -> Path:
     """Where the token of every Ray lies that this process starts: Ray keeps the first one that it has read."""
     return tmp_path_factory.mktemp("ray") / "token"
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch) -> Callable[..., str]:
+    """Writes a module under a name of its own, on Python's path; gives the name."""
+    from owncode import names  # it loads torch
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def write(text: str, name: str | None = None) -> str:
+        name = name or next(names)
+        path = tmp_path / (name.replace(".", "/") + ".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return name
+
+    return write

@@ -14,12 +14,10 @@ running trial is. Prints figures; exit code 1 where the promise is broken, 2 whe
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -27,59 +25,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-LIMIT = 400                     # seconds after which a command, or a process that should be gone, counts as hung
-SLOTS = 2
-DECISION = "decision.json"
-# Two processes of Ray's own wait 60 s, idle, for a head that is gone with the command; all others end in seconds.
-AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-WORKERS = ("ray::_Trainable", "ray::ResourceTrainable")          # between two epochs, and in one
-
-# Runs in every process of a sweep (as sitecustomize) and writes down each epoch as its training starts and ends, with
-# the epochs that the store's table holds at that moment: what is counted does not rest on the sweep's own books.
-WITNESS = '''
-import importlib.abc, importlib.util, os, sys, time
-from pathlib import Path
-
-def watch(module):
-    train = module._train_epoch
-
-    def watched(run, epoch):
-        from autoenc.trajectory import trajectory_key
-
-        key = trajectory_key(run.config, run.dataset.fingerprint, run.device.type)
-        table = Path(os.environ["FAULTS_STORE"], key, "metrics.csv")
-        held = max(0, table.read_bytes().count(b"\\n") - 1) if table.is_file() else 0
-        say("start", key, epoch, held)
-        figures = train(run, epoch)
-        say("end", key, epoch, held)
-        return figures
-
-    module._train_epoch = watched
-
-def say(*words):
-    file = os.open(os.environ["FAULTS_WITNESS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    os.write(file, (" ".join(map(str, [*words, os.getpid(), time.time()])) + "\\n").encode())
-    os.close(file)
-
-class Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name != "autoenc.train":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        load = spec.loader.exec_module
-        spec.loader.exec_module = lambda module: (load(module), watch(module))
-        return spec
-
-sys.meta_path.insert(0, Finder())
-'''
+from harmed import AGENTS, ARMS, DECISION, LIMIT, SLOTS, USUAL, WORKERS, Project, Size, kill, projects, until
+from promises import Findings, check_epochs, check_equal, check_events, check_kept, stops, unreadable
 
 # A head and a second node of one CPU each. A line on stdin kills all processes of the second; the end of stdin, all.
 CLUSTER = '''
@@ -96,308 +46,7 @@ cluster.shutdown()
 '''
 
 
-@dataclass(frozen=True)
-class Size:
-    """About three quarters of a minute, start of Ray and export included, on two cores of 2024."""
-
-    epochs: int = 30
-    images: int = 400
-    trials: int = 8
-
-
-ARMS = {"A": {"model.latent_channels": 2}, "B": {"model.latent_channels": 4},
-        "C": {"train.learning_rate": 1e-4}, "D": {"model.latent_channels": 1}}
-SPACE = {"train.learning_rate": {"type": "float", "low": 3e-4, "high": 1e-2, "log": True}}
-
-
-@dataclass
-class Findings:
-    figures: dict[str, Any] = field(default_factory=dict)
-    broken: list[str] = field(default_factory=list)
-
-    def promise(self, kept: object, words: str) -> None:
-        if not kept:
-            self.broken.append(words)
-
-    def show(self) -> None:
-        width = max(map(len, self.figures), default=0)
-        for name, value in self.figures.items():
-            print(f"{name:<{width}}  {f'{value:.1f}' if isinstance(value, float) else value}")
-        for words in self.broken:
-            print(f"BROKEN: {words}")
-
-
-@dataclass
-class Epoch:
-    key: str
-    number: int
-    held: int                   # epochs in the store's table as it started
-    pid: int
-    began: float
-    ended: float | None = None
-
-
-class Project:
-    """Sweep files in a folder, the command over them, and what its processes did."""
-
-    def __init__(self, folder: Path, size: Size = Size(), **config: Any) -> None:
-        folder = folder.resolve()
-        self.folder, self.output, self.size = folder, folder / "out", size
-        folder.mkdir(parents=True)
-        (folder / "witness").mkdir()
-        (folder / "witness" / "sitecustomize.py").write_text(WITNESS)
-        self.ray = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))      # its sockets' paths may not be long
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        self.environment = environment | {
-            "HOME": str(folder), "AUTOENC_CACHE": str(folder / "cache"), "RAY_TMPDIR": str(self.ray),
-            "PYTHONPATH": os.pathsep.join([str(folder / "witness"), str(REPOSITORY)]), "PYTHONUNBUFFERED": "1",
-            "FAULTS_WITNESS": str(folder / "witness.log"), "FAULTS_STORE": str(self.output / "store")}
-        settings = {"data.image_size": 16, "data.limit": size.images, "model.latent_channels": 2,
-                    "model.base_channels": 16, "model.downsampling_steps": 2, "train.epochs": size.epochs,
-                    "train.batch_size": 16, "train.learning_rate": 1e-3, "train.patience": None, **config}
-        nested: dict[str, Any] = {}
-        for key, value in settings.items():
-            section, name = key.split(".")
-            nested.setdefault(section, {})[name] = value
-        self._write("base", {"config": nested})
-        self.name = "toy"
-
-    def sweep(self, arms: Mapping[str, Any] = ARMS, *, name: str = "toy", asha: bool = False,
-              **content: Any) -> Project:
-        """Write a sweep; no more than two trials run at once on one machine."""
-        self._write(name, {
-            "name": name, "arms": dict(arms), "resources": {"cpus": max(1, (os.cpu_count() or 1) // SLOTS), "gpus": 0},
-            "asha": {"grace_epochs": 2, "reduction_factor": 2, "margin": "2%"} if asha else False, **content})
-        self.name = name
-        return self
-
-    def sampled(self, *, asha: bool, **content: Any) -> Project:
-        """The arms, and random points. (TPE's depend on which of two trials ended first.)"""
-        return self.sweep(asha=asha, search={"algorithm": "random", "trials": self.size.trials}, space=SPACE, **content)
-
-    def _write(self, stem: str, content: Any) -> None:
-        (self.folder / f"{stem}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-
-    def start(self, *arguments: str, name: str | None = None) -> subprocess.Popen:
-        """The command; what it says goes to a file: Ray's processes could hold a pipe open beyond its end."""
-        command = [sys.executable, str(REPOSITORY / "tune_runner.py"), f"{name or self.name}.yaml", "--output", "out"]
-        with (self.folder / f"{name or self.name}.log").open("a") as log:
-            return subprocess.Popen([*command, *arguments], cwd=self.folder, env=self.environment,
-                                    stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-
-    def said(self, name: str | None = None) -> str:
-        return (self.folder / f"{name or self.name}.log").read_text()
-
-    def complete(self, name: str | None = None) -> float:
-        """Run the command undisturbed; its seconds."""
-        began = time.monotonic()
-        try:
-            code = self.start(name=name).wait(LIMIT)
-        except subprocess.TimeoutExpired:
-            code = f"none within {LIMIT} s"
-        if code != 0:
-            raise RuntimeError(f"an undisturbed sweep ended with exit code {code}:\n{self.said(name)}")
-        return time.monotonic() - began
-
-    def processes(self) -> dict[tuple[int, str], str]:
-        """(process id, start time) -> command line of all that runs in this folder: the command and its Ray."""
-        found = {}
-        for entry in Path("/proc").iterdir():
-            with suppress(OSError, IndexError):
-                if entry.name.isdigit() and (entry / "cwd").readlink() == self.folder:
-                    started = (entry / "stat").read_text().rpartition(")")[2].split()[19]
-                    words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                    found[int(entry.name), started] = words.strip()
-        return found
-
-    def workers(self) -> list[int]:
-        """Processes that train, or wait for the next trial."""
-        return [pid for (pid, _), words in self.processes().items() if words.startswith(WORKERS)]
-
-    def epochs(self) -> list[Epoch]:
-        """Every epoch whose training was started, in order."""
-        found: list[Epoch] = []
-        path = self.folder / "witness.log"
-        for line in path.read_text().splitlines() if path.is_file() else []:
-            kind, key, number, held, pid, when = line.split()
-            if kind == "start":
-                found.append(Epoch(key, int(number), int(held), int(pid), float(when)))
-            else:
-                which = (key, int(number), int(pid))
-                next(epoch for epoch in reversed(found)
-                     if (epoch.key, epoch.number, epoch.pid) == which).ended = float(when)
-        return found
-
-    def rows(self) -> dict[str, list[str]]:
-        """Key -> the complete lines of its table, as text."""
-        tables = (self.output / "store").glob("*/metrics.csv")
-        return {path.parent.name: path.read_text().split("\n")[1:-1] for path in tables}
-
-    def stored(self) -> int:
-        return sum(map(len, self.rows().values()))
-
-    def events(self, *kinds: str, name: str | None = None) -> list[dict[str, Any]]:
-        path = self.output / (name or self.name) / "events.jsonl"
-        found = []
-        for line in path.read_text().splitlines() if path.is_file() else []:
-            with suppress(ValueError):
-                found.append(json.loads(line))
-        return [event for event in found if event["event"] in kinds]
-
-    def decision(self, name: str | None = None) -> dict[str, Any]:
-        return json.loads((self.output / (name or self.name) / DECISION).read_text())
-
-    def key_of(self, arm: str) -> str:
-        return next((self.output / self.name / "trials").glob(f"{arm}_seed*")).resolve().name
-
-    def close(self) -> None:
-        """End whatever still runs."""
-        for pid, _ in self.processes():
-            kill(pid)
-        shutil.rmtree(self.ray, ignore_errors=True)
-
-
-def kill(*pids: int) -> None:
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def until(true: Callable[[], Any], what: str, seconds: float = LIMIT) -> Any:
-    """Wait for something to be true; its value."""
-    end = time.monotonic() + seconds
-    while not (value := true()):
-        if time.monotonic() > end:
-            raise TimeoutError(f"{what}: not within {seconds} s")
-        time.sleep(0.05)
-    return value
-
-
-# What is compared -----------------------------------------------------------------------------------------------------
-
-def check_epochs(findings: Findings, *projects: Project, running: int) -> None:
-    """No stored epoch was trained again; of those that never came to be stored, at most ``running`` were lost."""
-    started = [epoch for project in projects for epoch in project.epochs()]
-    stored = sum(project.stored() for project in projects)
-    again = [epoch for epoch in started if epoch.number <= epoch.held]
-    findings.figures |= {"epochs stored": stored, "epochs begun in all": len(started),
-                         "stored epochs trained again": len(again),
-                         "running epochs trained again": len(started) - stored - len(again)}
-    findings.promise(not again, f"stored epochs trained again: {again}")
-    findings.promise(len(started) - stored <= running, f"{len(started) - stored} epochs lost, {running} were running")
-
-
-def check_equal(findings: Findings, project: Project, whole: Project) -> None:
-    """Every trajectory is that of the uninterrupted run, or its beginning: figures to the last digit, weights and the
-    optimizer's state to the last bit."""
-    wrong = []
-    for key in project.rows():
-        mine, its = project.output / "store" / key, whole.output / "store" / key
-        if not its.is_dir():
-            wrong.append(f"{key}: not trained there")
-            continue
-        rows, expected = table(mine / "metrics.csv"), table(its / "metrics.csv")
-        if rows != expected[:len(rows)]:
-            wrong.append(f"{key}: figures differ")
-        if len(rows) == len(expected):
-            wrong += [f"{key}: {name} differs" for name in ("latest.pt", "best.pt")
-                      if not same(load(mine / name), load(its / name))]
-    findings.figures["trajectories unlike the uninterrupted run's"] = \
-        findings.figures.get("trajectories unlike the uninterrupted run's", 0) + len(wrong)
-    findings.promise(not wrong, "; ".join(wrong))
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    """Rows without their duration."""
-    with path.open(newline="") as file:
-        return [{name: cell for name, cell in row.items() if name != "seconds"} for row in csv.DictReader(file)]
-
-
-def load(path: Path) -> dict[str, Any]:
-    import torch
-
-    return {key: value for key, value in torch.load(path, weights_only=True).items()
-            if key in ("epoch", "model", "optimizer")}
-
-
-def same(one: Any, other: Any) -> bool:
-    import torch
-
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, Mapping):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
-
-
-def check_kept(findings: Findings, before: Mapping[str, list[str]], project: Project) -> None:
-    """Every line that stood in a table still stands there."""
-    after = project.rows()
-    lost = [key for key, rows in before.items() if after.get(key, [])[:len(rows)] != rows]
-    findings.promise(not lost, f"rows lost or changed: {lost}")
-
-
-def stops(project: Project) -> dict[str, int]:
-    """Key -> the epoch at which it was stopped and not continued since."""
-    found: dict[str, int] = {}
-    for event in project.events("stopped", "continued"):
-        found.pop(event["key"], None)
-        if event["event"] == "stopped":
-            found[event["key"]] = event["epoch"]
-    return found
-
-
-def check_events(findings: Findings, before: Mapping[str, int], project: Project) -> None:
-    """Stops are honoured unless a ``continued`` says otherwise; no point is suggested twice."""
-    continued = {event["key"] for event in project.events("continued")}
-    with (project.output / project.name / "trials.csv").open(newline="") as file:
-        trials = {Path(project.output, project.name, "trials", row["trial"]).resolve().name: row
-                  for row in csv.DictReader(file)}
-    for key, epoch in before.items():
-        row = trials[key]
-        honoured = row["status"] == "stopped" and int(row["epochs"]) == epoch == len(project.rows()[key])
-        findings.promise(honoured or key in continued,
-                         f"{row['trial']} was stopped at epoch {epoch}, now {row['status']} at {row['epochs']}")
-    points = [json.dumps(event["settings"], sort_keys=True) for event in project.events("suggested")]
-    findings.figures["points suggested twice"] = \
-        findings.figures.get("points suggested twice", 0) + len(points) - len(set(points))
-    findings.promise(len(points) == len(set(points)), f"points suggested twice: {points}")
-
-
-def unreadable(output: Path) -> list[str]:
-    """What lies in an output folder and cannot be read, or is a temporary file."""
-    import torch
-
-    readers = {".json": lambda path: json.loads(path.read_text()),
-               ".jsonl": lambda path: [json.loads(line) for line in path.read_text().splitlines()],
-               ".yaml": lambda path: yaml.safe_load(path.read_text()),
-               ".pt": lambda path: torch.load(path, weights_only=True), ".csv": read_table}
-    found = []
-    for path in output.rglob("*"):
-        if path.is_file() and path.name.startswith(".") and path.name != ".lock":
-            found.append(f"{path}: temporary")
-        elif path.is_file() and path.suffix in readers:
-            try:
-                readers[path.suffix](path)
-            except Exception as error:
-                found.append(f"{path}: {type(error).__name__}: {error}")
-    return found
-
-
-def read_table(path: Path) -> None:
-    text = path.read_text()
-    header, *rows = csv.reader(text.splitlines())
-    if not text.endswith("\n") or any(len(row) != len(header) for row in rows):
-        raise ValueError("a line is not whole")
-    if path.name == "metrics.csv":
-        [float(cell or "nan") for row in rows for cell in row]
-
-
-# The faults -----------------------------------------------------------------------------------------------------------
-
-def driver(folder: Path, kills: int = 20, seed: int = 1, size: Size = Size()) -> Findings:
+def driver(folder: Path, kills: int = 20, seed: int = 1, size: Size = USUAL) -> Findings:
     """SIGKILL at random moments spread over the whole course of the command; one in three to all of its processes.
     Sweeps without and with ASHA in turn, as many as it takes. The next command follows at once."""
     findings, draw = Findings(), random.Random(seed)
@@ -478,7 +127,7 @@ def _see_out(project: Project, running: Mapping[tuple[int, str], str], gone: Map
             gone[what].append(time.monotonic() - began)
 
 
-def worker(folder: Path, kills: int = 9, seed: int = 1, size: Size = Size()) -> Findings:
+def worker(folder: Path, kills: int = 9, seed: int = 1, size: Size = USUAL) -> Findings:
     """SIGKILL to workers at random moments, at most three a sweep: so many restarts a trial has."""
     findings, draw = Findings(), random.Random(seed)
     resumed: list[float] = []
@@ -523,7 +172,7 @@ def _pause(project: Project, pid: int, when: float) -> float | None:
     return next((epoch.began - when for epoch in epochs if epoch.key == key and epoch.began > when), None)
 
 
-def doomed(folder: Path, size: Size = Size()) -> Findings:
+def doomed(folder: Path, size: Size = USUAL) -> Findings:
     """Every worker of one trial is killed as it trains: the trial fails in the end, the sweep goes on without it."""
     findings, deaths = Findings(), 0
     with projects(folder) as new:
@@ -547,7 +196,7 @@ def doomed(folder: Path, size: Size = Size()) -> Findings:
     return findings
 
 
-def node(folder: Path, size: Size = Size()) -> Findings:
+def node(folder: Path, size: Size = USUAL) -> Findings:
     """The second of two nodes of one CPU each is killed, all of its processes at once, while it trains."""
     findings = Findings()
     with projects(folder) as new:
@@ -592,7 +241,7 @@ def _training(project: Project, raylet: int) -> int | None:
     return None
 
 
-def together(folder: Path, size: Size = Size()) -> Findings:
+def together(folder: Path, size: Size = USUAL) -> Findings:
     """Two sweeps started at the same time with one output folder, each with a Ray of its own; three of their four arms
     are the same trainings."""
     findings = Findings()
@@ -621,7 +270,7 @@ def together(folder: Path, size: Size = Size()) -> Findings:
     return findings
 
 
-def diverging(folder: Path, size: Size = Size()) -> Findings:
+def diverging(folder: Path, size: Size = USUAL) -> Findings:
     """Two arms with a learning rate of 1e12 among sound ones, which they do not hold up."""
     findings = Findings()
     arms = {"X": {"train.learning_rate": 1e12}, "A": ARMS["A"],
@@ -651,7 +300,7 @@ def diverging(folder: Path, size: Size = Size()) -> Findings:
     return findings
 
 
-def full_disk(folder: Path, size: Size = Size()) -> Findings:
+def full_disk(folder: Path, size: Size = USUAL) -> Findings:
     """A tmpfs of 64 MB as output folder and some 100 MB of checkpoints: refused. So it gets 1 GB, which shrink to 64 MB
     once the sweep trains; then there is room again."""
     findings = Findings()
@@ -684,7 +333,7 @@ def full_disk(folder: Path, size: Size = Size()) -> Findings:
     return findings
 
 
-def vanished(folder: Path, size: Size = Size()) -> Findings:
+def vanished(folder: Path, size: Size = USUAL) -> Findings:
     """The output folder is removed while the sweep runs."""
     findings = Findings()
     with projects(folder) as new:
@@ -732,22 +381,6 @@ def tmpfs(folder: Path) -> Iterator[Callable[[str], Any]]:
         yield lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=False)
-
-
-@contextmanager
-def projects(folder: Path) -> Iterator[Callable[..., Project]]:
-    """Makes projects, and ends what still runs in them."""
-    made: list[Project] = []
-
-    def new(name: str, size: Size, **config: Any) -> Project:
-        made.append(Project(folder / name, size, **config))
-        return made[-1]
-
-    try:
-        yield new
-    finally:
-        for project in made:
-            project.close()
 
 
 def spread(values: list[float]) -> dict[str, float]:

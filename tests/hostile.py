@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import shutil
 import signal
 from collections import Counter
@@ -13,8 +14,10 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from sweepfiles import places
 
@@ -24,6 +27,10 @@ from autoenc.sweep.driver import Driver, in_text
 from autoenc.sweep.work import Task, work
 
 torch.set_num_threads(1)
+
+EXAMPLES = int(os.environ.get("AUTOENC_EXAMPLES", "0"))          # instead of the usual numbers
+MANY = EXAMPLES or 10_000
+QUIET = settings(deadline=None, phases=set(Phase) - {Phase.explain}, suppress_health_check=list(HealthCheck))
 
 NUMBERS = [0, -1, 1, 3, 10**9, 0.5, 1e308, -1e308, 5e-324, math.nan, math.inf, -math.inf, 10**290, 10**400, True]
 WORDS = ["", " ", "x", "é☃", "a\nb", "a\x00b", "\ud800", "nan", "1e999", "[/b]", "\x1b[31m", "../x", "/etc", "val/mse",
@@ -37,6 +44,16 @@ VALUES = st.recursive(WILD, lambda inner: st.lists(inner, max_size=3) | st.dicti
 GARBAGE = [b"", b"\x00", b"\n", b"[" * 100_000, b'{"a":' * 100_000, b"null", b"[]", b"{}", b"3", b"NaN", b'"x"',
            b"1" * 5000, b"\xff\xfe\x00", b"PK\x03\x04", b"PK\x05\x06" + b"\x00" * 18, b"\x80\x02.",
            b"half a file\n", b"x" * 300_000, b"- " * 5000, b"{a: " * 100]
+
+
+def examples(usual: int) -> settings:
+    return settings(QUIET, max_examples=EXAMPLES or usual)
+
+
+def few(count: int, values: list[Any]) -> list[Any]:
+    """Parameters of which only the first are tried by default."""
+    return [pytest.param(value, id=str(k), marks=pytest.mark.slow if k >= count else ()) for k, value in
+            enumerate(values)]
 
 
 class Hung(BaseException):

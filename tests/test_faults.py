@@ -8,7 +8,8 @@ from typing import Any
 
 import faults
 import pytest
-from faults import Findings, Size
+from harmed import Size
+from promises import Findings
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")]
 
