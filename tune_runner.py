@@ -376,7 +376,6 @@ class Runner:
             # Only now: Ray reads how to authenticate when it is imported.
             from autoenc.sweep import ray_cluster, run_ray
 
-
             self.cluster = self.stack.enter_context(ray_cluster.cluster(
                 address, self.options.dashboard_host, self.options.slots,
                 self.specs[-1].resources if self.options.grow else None))

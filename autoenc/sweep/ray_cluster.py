@@ -141,8 +141,12 @@ def quiet() -> Iterator[None]:
 
 
 def call(cpus: int, gpus: float, function: Callable[..., Any], *task: Any, seconds: float,
-          kind: str | None = None) -> Any:
-    """The same with these resources, on a node with GPUs of this kind."""
+         kind: str | None = None) -> Any:
+    """What ``function(*task, cpus, device)`` returns, called in a process of its own with these resources, on a node
+    with GPUs of this kind.
+
+    Raises what it raises, RayError where its process died, TimeoutError after so many seconds.
+    """
     # An actor rather than a task: to end a task by force that has just ended crashes Ray's driver.
     caller = ray.remote(num_cpus=cpus, num_gpus=gpus, accelerator_type=kind)(_Caller).remote()
     try:

@@ -187,10 +187,7 @@ def check_visible(here: Cluster, resources: Sequence[Resources], output: Path, d
 
 
 def apart(race: Race, here: Cluster, function: Callable[..., Any], *task: Any, seconds: float) -> Any:
-    """What ``function(*task, threads, device)`` returns, called in a process of its own with the resources of a trial.
-
-    Raises what it raises, RayError where its process died, TimeoutError after so many seconds.
-    """
+    """:func:`autoenc.sweep.ray_cluster.call` with the resources of a trial."""
     cpus, gpus, _ = share(race, here)
     return call(cpus, gpus, function, *task, seconds=seconds, kind=race.spec.resources.kind)
 
