@@ -28,7 +28,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from harmed import AGENTS, ARMS, DECISION, LIMIT, SLOTS, USUAL, WORKERS, Project, Size, kill, projects, until
+import harmed
+from harmed import ARMS, DECISION, LIMIT, SLOTS, USUAL, Project, Size, kill, projects, undisturbed, until
 from promises import Findings, check_epochs, check_equal, check_events, check_kept, stops, unreadable
 
 # A head and a second node of one CPU each. A line on stdin kills all processes of the second; the end of stdin, all.
@@ -46,9 +47,10 @@ cluster.shutdown()
 '''
 
 
-def driver(folder: Path, kills: int = 20, seed: int = 1, size: Size = USUAL) -> Findings:
+def driver(folder: Path, kills: int = 20, seed: int = 1, size: Size = USUAL, whole: Project | None = None) -> Findings:
     """SIGKILL at random moments spread over the whole course of the command; one in three to all of its processes.
-    Sweeps without and with ASHA in turn, as many as it takes. The next command follows at once."""
+    Sweeps without and with ASHA in turn, as many as it takes. The next command follows at once. ``whole``: a sweep that
+    ran undisturbed, to compare with; none: one is run."""
     findings, draw = Findings(), random.Random(seed)
     delays = [(number + draw.random()) / kills for number in range(kills)]       # as shares of an uninterrupted sweep
     draw.shuffle(delays)
@@ -57,8 +59,7 @@ def driver(folder: Path, kills: int = 20, seed: int = 1, size: Size = USUAL) -> 
     threads: list[threading.Thread] = []
     honoured = temporaries = 0
     with projects(folder) as new:
-        whole = new("whole", size).sampled(asha=False)
-        seconds = whole.complete()
+        whole = whole or undisturbed(new, size)
         swept: list[Project] = []
         while delays:
             asha = len(swept) % 2 == 1
@@ -68,7 +69,7 @@ def driver(folder: Path, kills: int = 20, seed: int = 1, size: Size = USUAL) -> 
             while True:
                 begun, process = len(project.epochs()), project.start()
                 try:
-                    code = process.wait(delays[-1] * seconds if delays else LIMIT)
+                    code = process.wait(delays[-1] * whole.seconds if delays else LIMIT)
                     if delays:
                         delays[-1] = draw.random()                   # it was through before: another moment
                     break
@@ -101,8 +102,8 @@ def driver(folder: Path, kills: int = 20, seed: int = 1, size: Size = USUAL) -> 
         check_epochs(findings, *swept, running=SLOTS * kills)
     findings.figures = {
         "kills": sum(moments.values()), "of these while it was": moments, "sweeps": len(swept),
-        "seconds of an uninterrupted one": seconds, **findings.figures, "stops found again after a kill": honoured,
-        "temporary files left": temporaries,
+        "seconds of an uninterrupted one": whole.seconds, **findings.figures,
+        "stops found again after a kill": honoured, "temporary files left": temporaries,
         "of these, kills of the command's own process alone": len(threads),
         **{f"seconds until its {what} were gone": spread(times) for what, times in gone.items()}}
     return findings
@@ -119,22 +120,21 @@ def _moment(project: Project, begun: int) -> str:
 def _see_out(project: Project, running: Mapping[tuple[int, str], str], gone: Mapping[str, list[float]]) -> None:
     """How long the command's workers, and all of its processes but Ray's agents, live on without it."""
     began = time.monotonic()
-    workers = {process for process, words in running.items() if words.startswith(WORKERS)}
+    workers = {process for process, words in running.items() if words.startswith(harmed.WORKERS)}
     with suppress(TimeoutError):
-        others = {process for process, words in running.items() if not words.startswith(AGENTS)}
+        others = {process for process, words in running.items() if not words.startswith(harmed.AGENTS)}
         for what, those in (("workers", workers), ("processes", others)):
             until(lambda those=those: not those & project.processes().keys(), f"the end of its {what}")
             gone[what].append(time.monotonic() - began)
 
 
-def worker(folder: Path, kills: int = 9, seed: int = 1, size: Size = USUAL) -> Findings:
+def worker(folder: Path, kills: int = 9, seed: int = 1, size: Size = USUAL, whole: Project | None = None) -> Findings:
     """SIGKILL to workers at random moments, at most three a sweep: so many restarts a trial has."""
     findings, draw = Findings(), random.Random(seed)
     resumed: list[float] = []
     done = 0
     with projects(folder) as new:
-        whole = new("whole", size).sampled(asha=False)
-        seconds = whole.complete()
+        whole = whole or undisturbed(new, size)
         swept: list[Project] = []
         while done < kills:
             project = new(str(len(swept)), size).sampled(asha=False)
@@ -144,7 +144,7 @@ def worker(folder: Path, kills: int = 9, seed: int = 1, size: Size = USUAL) -> F
             killed: list[tuple[int, float]] = []
             while len(killed) < 3 and done + len(killed) < kills:
                 with suppress(subprocess.TimeoutExpired):
-                    process.wait(draw.uniform(0.2, seconds / 4))
+                    process.wait(draw.uniform(0.2, whole.seconds / 4))
                     break
                 if workers := project.workers():
                     killed.append((draw.choice(workers), time.time()))
@@ -196,12 +196,11 @@ def doomed(folder: Path, size: Size = USUAL) -> Findings:
     return findings
 
 
-def node(folder: Path, size: Size = USUAL) -> Findings:
+def node(folder: Path, size: Size = USUAL, whole: Project | None = None) -> Findings:
     """The second of two nodes of one CPU each is killed, all of its processes at once, while it trains."""
     findings = Findings()
     with projects(folder) as new:
-        whole = new("whole", size).sampled(asha=False)
-        seconds = whole.complete()
+        whole = whole or undisturbed(new, size)
         project = new("lost", size).sampled(asha=False, resources={"cpus": 1, "gpus": 0})
         token = project.folder / ".ray" / "auth_token"
         token.parent.mkdir()
@@ -223,7 +222,7 @@ def node(folder: Path, size: Size = USUAL) -> Findings:
         cluster.wait(60)
         findings.promise(code == 0, f"exit code {code}: {project.said()[-2000:]}")
         pause = _pause(project, lost, when)
-        findings.figures |= {"seconds of an undisturbed sweep on one machine": seconds,
+        findings.figures |= {"seconds of an undisturbed sweep on one machine": whole.seconds,
                              "seconds until the lost trial trained again": pause}
         findings.promise(pause is not None, "the lost trial never trained again")
         check_epochs(findings, project, running=1)

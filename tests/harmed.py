@@ -74,6 +74,7 @@ class Size:
     epochs: int = 30
     images: int = 400
     trials: int = 8
+    dashboard: bool = True
 
 
 USUAL = Size()
@@ -135,7 +136,8 @@ class Project:
 
     def start(self, *arguments: str, name: str | None = None) -> subprocess.Popen:
         """The command; what it says goes to a file: Ray's processes could hold a pipe open beyond its end."""
-        command = [sys.executable, str(REPOSITORY / "tune_runner.py"), f"{name or self.name}.yaml", "--output", "out"]
+        command = [sys.executable, str(REPOSITORY / "tune_runner.py"), f"{name or self.name}.yaml", "--output", "out",
+                   *([] if self.size.dashboard else ["--no-dashboard"])]
         with (self.folder / f"{name or self.name}.log").open("a") as log:
             return subprocess.Popen([*command, *arguments], cwd=self.folder, env=self.environment,
                                     stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
@@ -144,7 +146,7 @@ class Project:
         return (self.folder / f"{name or self.name}.log").read_text()
 
     def complete(self, name: str | None = None) -> float:
-        """Run the command undisturbed; its seconds."""
+        """Run the command undisturbed; its seconds, which are kept."""
         began = time.monotonic()
         try:
             code = self.start(name=name).wait(LIMIT)
@@ -152,7 +154,8 @@ class Project:
             code = f"none within {LIMIT} s"
         if code != 0:
             raise RuntimeError(f"an undisturbed sweep ended with exit code {code}:\n{self.said(name)}")
-        return time.monotonic() - began
+        self.seconds = time.monotonic() - began
+        return self.seconds
 
     def processes(self) -> dict[tuple[int, str], str]:
         """(process id, start time) -> command line of all that runs in this folder: the command and its Ray."""
@@ -210,6 +213,13 @@ class Project:
         for pid, _ in self.processes():
             kill(pid)
         shutil.rmtree(self.ray, ignore_errors=True)
+
+
+def undisturbed(new: Callable[..., Project], size: Size) -> Project:
+    """A sweep that ran to its end, to compare with."""
+    project = new("whole", size).sampled(asha=False)
+    project.complete()
+    return project
 
 
 @contextmanager

@@ -71,10 +71,12 @@ def test_a_head_that_the_data_cannot_serve_is_refused_before_anything_runs(tmp_p
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--address", f"127.0.0.1:{closed_port()}"], ["--set", "resources.cpus=10000"], ["--set", "resources.gpus=7"]])
+    ["--address", f"127.0.0.1:{closed_port()}"], ["--set", "resources.cpus=10000"],
+    pytest.param(["--set", "resources.gpus=7"], marks=pytest.mark.slow)])
 def test_a_cluster_that_cannot_serve_is_an_error(arguments, tmp_path):
     done = subprocess.run(
-        [sys.executable, str(PROJECT / "tune_runner.py"), PHASE[1], *QUICK, "--output", "out", *arguments],
+        [sys.executable, str(PROJECT / "tune_runner.py"), PHASE[1], *QUICK, "--output", "out", "--no-dashboard",
+         *arguments],
         capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(PROJECT)})
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr

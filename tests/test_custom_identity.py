@@ -185,8 +185,8 @@ def test_the_example_of_the_page_alone(page):
 
 @pytest.mark.slow
 def test_the_example_of_the_page_as_a_sweep(page):
-    runner = (str(ROOT / "tune_runner.py"), "own_model.yaml", "--output", "out", "--set", "data.limit=40", "--set",
-              "train.epochs=2")
+    runner = (str(ROOT / "tune_runner.py"), "own_model.yaml", "--output", "out", "--no-dashboard", "--set",
+              "data.limit=40", "--set", "train.epochs=2")
     command(page, *runner)
     assert trained(page / "out/own_model") == {"conv2d": 2, "patches": 2, "edges": 2}
     assert "nothing to train" in command(page, *runner)

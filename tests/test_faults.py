@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import faults
 import pytest
-from harmed import Size
+from harmed import Project, Size, projects, undisturbed
 from promises import Findings
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")]
 
-SMALL = Size(epochs=8, images=200, trials=5)
+SMALL = Size(epochs=8, images=200, trials=5, dashboard=False)
 
 
 def figures(fault: Callable[..., Findings], folder: Path, size: Size = SMALL, **more: Any) -> dict[str, Any]:
@@ -22,26 +23,32 @@ def figures(fault: Callable[..., Findings], folder: Path, size: Size = SMALL, **
     return findings.figures
 
 
-def test_a_killed_command_goes_on(tmp_path):
-    found = figures(faults.driver, tmp_path, kills=2)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Iterator[Project]:
+    with projects(tmp_path_factory.mktemp("undisturbed")) as new:
+        yield undisturbed(new, SMALL)
+
+
+def test_a_killed_command_goes_on(tmp_path, whole):
+    found = figures(faults.driver, tmp_path, replace(SMALL, dashboard=True), kills=2, whole=whole)
     assert found["kills"] == sum(found["of these while it was"].values()) == 2
     assert found["stored epochs trained again"] == 0 < found["epochs stored"]
 
 
-def test_a_killed_worker_is_replaced(tmp_path):
-    assert figures(faults.worker, tmp_path, kills=2)["kills"] == 2
+def test_a_killed_worker_is_replaced(tmp_path, whole):
+    assert figures(faults.worker, tmp_path, kills=2, whole=whole)["kills"] == 2
 
 
 def test_a_trial_whose_workers_all_die_fails_alone(tmp_path):
     figures(faults.doomed, tmp_path)
 
 
-def test_a_lost_node_gives_its_trials_back(tmp_path):
-    assert figures(faults.node, tmp_path)["seconds until the lost trial trained again"] < 60
+def test_a_lost_node_gives_its_trials_back(tmp_path, whole):
+    assert figures(faults.node, tmp_path, whole=whole)["seconds until the lost trial trained again"] < 60
 
 
 def test_sweeps_at_the_same_time_train_nothing_twice(tmp_path):
-    assert figures(faults.together, tmp_path, Size(epochs=4, images=120, trials=5))["epochs trained twice"] == 0
+    assert figures(faults.together, tmp_path, replace(SMALL, epochs=4, images=120))["epochs trained twice"] == 0
 
 
 def test_a_diverging_trial_ends_at_once(tmp_path):

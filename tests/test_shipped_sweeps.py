@@ -280,8 +280,8 @@ def test_plans_of_sweeps_whose_data_is_not_there_yet(stem, plan, tmp_path, capsy
 def test_splats_run_to_a_winner(stem, arms, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "AUTOENC_CACHE": str(tmp_path / "cache")}
     run = subprocess.run([sys.executable, SWEEPS.parent / "tune_runner.py", SWEEPS / f"{stem}.yaml", "--preset",
-                          "quick", "--output", tmp_path / "out"], capture_output=True, text=True, timeout=900,
-                         env=environment, cwd=tmp_path)
+                          "quick", "--no-dashboard", "--output", tmp_path / "out"], capture_output=True, text=True,
+                         timeout=900, env=environment, cwd=tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
     decision = json.loads((tmp_path / "out" / stem / "decision.json").read_text())
     assert len(decision["candidates"]) == arms and decision["winner"] is not None

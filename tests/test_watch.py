@@ -98,8 +98,9 @@ def test_a_sweep_can_be_watched_and_its_page_says_that_it_was_interrupted(tmp_pa
     env = {**{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
            "HOME": str(tmp_path), "AUTOENC_CACHE": str(tmp_path / "cache"), "RAY_TMPDIR": scratch}
     page, index = tmp_path / "out" / "toy" / "report.html", tmp_path / "out" / "index.html"
-    process = subprocess.Popen([sys.executable, str(RUNNER), "toy.yaml", "--output", "out"], cwd=tmp_path, env=env,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen([sys.executable, str(RUNNER), "toy.yaml", "--output", "out", "--no-dashboard"],
+                               cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               start_new_session=True)
     try:
         until = time.monotonic() + 120
         while not page.exists() or not index.exists():

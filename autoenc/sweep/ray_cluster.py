@@ -35,18 +35,20 @@ GROWTH_SECONDS = 900.0          # for a cluster that grows on demand to bring it
 
 
 @contextmanager
-def cluster(address: str | None, dashboard_host: str = "127.0.0.1", slots: int | None = None,
+def cluster(address: str | None, dashboard_host: str | None = "127.0.0.1", slots: int | None = None,
             first: Resources | None = None) -> Iterator[Cluster]:
     """Join the Ray cluster at ``address``, or (None) start a local one and end it with the block. Who gets in is
-    :mod:`autoenc.sweep.doors`' matter, before this module is imported. ``slots``: as in :class:`Cluster`. ``first``: it
-    grows on demand, and what :func:`grown` waits for.
+    :mod:`autoenc.sweep.doors`' matter, before this module is imported. ``dashboard_host``: where the dashboard of a
+    local one listens; None: it has none. ``slots``: as in :class:`Cluster`. ``first``: it grows on demand, and what
+    :func:`grown` waits for.
 
     Raises :class:`InputError` where Ray cannot start or join.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"ray\.")
-    own = {"dashboard_host": dashboard_host} if address is None else {}
+    own = {}
     if address is None:
+        own = {"dashboard_host": dashboard_host} if dashboard_host else {"include_dashboard": False}
         _use_ready_workers()
     leave_warnings_to_us()
     try:
