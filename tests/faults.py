@@ -252,7 +252,7 @@ def together(folder: Path, size: Size = USUAL) -> Findings:
 
     with projects(folder) as new:
         apart, project = both(new("apart", size)), both(new("together", size))
-        one_by_one = sum(apart.complete(name) for name in names)
+        one_by_one = apart.complete(f"{names[1]}.yaml", name=names[0])
         began = time.monotonic()
         started = [project.start(name=name) for name in names]
         codes = [process.wait(LIMIT) for process in started]
@@ -265,7 +265,7 @@ def together(folder: Path, size: Size = USUAL) -> Findings:
         check_equal(findings, project, apart)
         seen = [(epoch.key, epoch.number) for epoch in project.epochs()]
         findings.figures |= {"epochs trained twice": len(seen) - len(set(seen)), "seconds at once": at_once,
-                             "seconds one after the other": one_by_one}
+                             "seconds one after the other, in one command": one_by_one}
     return findings
 
 

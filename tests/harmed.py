@@ -135,7 +135,8 @@ class Project:
         (self.folder / f"{stem}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
 
     def start(self, *arguments: str, name: str | None = None) -> subprocess.Popen:
-        """The command; what it says goes to a file: Ray's processes could hold a pipe open beyond its end."""
+        """The command, with further sweeps among the arguments; what it says goes to a file: Ray's processes could hold
+        a pipe open beyond its end."""
         command = [sys.executable, str(REPOSITORY / "tune_runner.py"), f"{name or self.name}.yaml", "--output", "out",
                    *([] if self.size.dashboard else ["--no-dashboard"])]
         with (self.folder / f"{name or self.name}.log").open("a") as log:
@@ -145,11 +146,11 @@ class Project:
     def said(self, name: str | None = None) -> str:
         return (self.folder / f"{name or self.name}.log").read_text()
 
-    def complete(self, name: str | None = None) -> float:
+    def complete(self, *arguments: str, name: str | None = None) -> float:
         """Run the command undisturbed; its seconds, which are kept."""
         began = time.monotonic()
         try:
-            code = self.start(name=name).wait(LIMIT)
+            code = self.start(*arguments, name=name).wait(LIMIT)
         except subprocess.TimeoutExpired:
             code = f"none within {LIMIT} s"
         if code != 0:

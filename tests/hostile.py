@@ -23,8 +23,8 @@ from sweepfiles import places
 
 import tune_runner
 from autoenc.errors import InputError
-from autoenc.sweep.driver import Driver, in_text
-from autoenc.sweep.work import Task, work
+from autoenc.sweep.driver import Driver
+from autoenc.sweep.work import Task, in_text, work
 
 torch.set_num_threads(1)
 

@@ -190,8 +190,8 @@ def test_a_node_without_the_folder_is_told_before_the_first_trial(manifest):
         (hidden / "out").mkdir(parents=True)
         shutil.move(manifest, hidden / "layouts.csv")
         subprocess.run([*site.on("n2"), "mount", "-t", "tmpfs", "tmpfs", str(hidden)], check=True)
-        address, on_head = two_hosts(stack, site, cpus=(0, 1), RAY_AUTH_TOKEN="0123456789abcdef" * 4,
-                                     RAY_AUTH_MODE="token")
+        address, on_head = two_hosts(stack, site, cpus=(0, 1), mode="token",
+                                     RAY_AUTH_TOKEN="0123456789abcdef" * 4)
         done = on_head(ROOT / "tune_runner.py", "first.yaml", "--output", "hidden/out", "--address", address)
         assert (done.returncode, done.stderr) == (2, (
             f"error: --output {hidden / 'out'}: n2 does not see it. Every node must see this folder under this path: "
@@ -206,7 +206,7 @@ def test_a_node_without_the_folder_is_told_before_the_first_trial(manifest):
 def test_a_sweep_over_two_hosts_whose_ray_demands_no_token():
     """Only where that is asked for, and then on both of them. Nobody outside reaches these hosts."""
     with hosts.site(["n1", "n2"]) as site, ExitStack() as stack:
-        address, on_head = two_hosts(stack, site, cpus=(1, 1), RAY_AUTH_MODE="disabled")
+        address, on_head = two_hosts(stack, site, cpus=(1, 1), mode="disabled")
         command = (ROOT / "tune_runner.py", "first.yaml", "--output", "shared/out", "--address", address)
         done = on_head(*command)
         assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
@@ -222,9 +222,10 @@ def test_a_sweep_over_two_hosts_whose_ray_demands_no_token():
         assert not (site.home / ".ray" / "auth_token").exists()
 
 
-def two_hosts(stack: ExitStack, site: hosts.Site, cpus: tuple[int, int], **variables: str) -> tuple[str, Callable]:
-    """Ray on n1, its head, and on n2, with so many CPUs; its address, and what runs Python on n1 beside a sweep of four
-    arms, first.yaml."""
+def two_hosts(stack: ExitStack, site: hosts.Site, cpus: tuple[int, int], mode: str, **variables: str
+              ) -> tuple[str, Callable]:
+    """Ray on n1, its head, and on n2, with so many CPUs and this RAY_AUTH_MODE; its address, and what runs Python on n1
+    beside a sweep of four arms, first.yaml. ``variables`` are set everywhere."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env |= {"HOME": str(site.home), "AUTOENC_CACHE": str(site.folder / "cache"),
             "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **variables}
@@ -232,9 +233,10 @@ def two_hosts(stack: ExitStack, site: hosts.Site, cpus: tuple[int, int], **varia
     head = ["--head", "--port=6379", "--include-dashboard=false", "--disable-usage-stats"]
     for number, options in enumerate((head, [f"--address={address}"]), start=1):
         start_ray(stack, site, f"n{number}", [*options, f"--num-cpus={cpus[number - 1]}",
-                                              f"--node-ip-address={hosts.NETWORK}.{number}"], env)
+                                              f"--node-ip-address={hosts.NETWORK}.{number}"],
+                  env | {"RAY_AUTH_MODE": mode})
     base = {"config": {"data": {"image_size": 16, "limit": 40}, "train": {"epochs": 3},
-                       "model": {"latent_channels": 2, "downsampling_steps": 2}}}
+                       "model": {"latent_channels": 2, "downsampling_steps": 2}}, "asha": False}
     sweep = {"name": "first", "arms": {name: {"model.base_channels": channels}
                                        for name, channels in zip("ABCD", (8, 12, 16, 20), strict=True)}}
     for name, content in (("base", base), ("first", sweep)):

@@ -26,7 +26,7 @@ def simulated_worker(curve: Curve = levels, *,
     from ray import tune
 
     from autoenc.config import make_config
-    from autoenc.sweep.driver import in_text
+    from autoenc.sweep.work import in_text
 
     class Simulated(tune.Trainable):
         def setup(self, config):

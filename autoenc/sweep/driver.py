@@ -17,12 +17,6 @@ from autoenc.sweep.standing import Run
 from autoenc.sweep.work import Task
 
 
-def in_text(said: dict[str, Any]) -> dict[str, Any]:
-    """What :func:`autoenc.sweep.work.work` says, with an epoch's figures as one text: of every number in a trial's
-    results Tune keeps a dozen statistics, hundreds of kilobytes a trial (tests/benchmarks, scale)."""
-    return said | {"row": json.dumps(said["row"])} if "row" in said else said
-
-
 class Driver:
     """What Tune's scheduler, searcher and callbacks share: which of its trials stands for which run, and why no more
     may start."""
@@ -75,7 +69,7 @@ class Driver:
         return self.broken is not None or self.out_of_time or bool(self.crowded) or self.race.done
 
     def take(self, run: Run, result: dict[str, Any]) -> bool:
-        """What a worker said of its run, as :func:`in_text`; whether the trial ends here."""
+        """What a worker said of its run, as :func:`autoenc.sweep.work.in_text`; whether the trial ends here."""
         if self.broken or run.ended:
             return True
         if "outcome" in result:

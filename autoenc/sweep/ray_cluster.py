@@ -1,4 +1,4 @@
-"""A Ray cluster: joined or started, what it has, calls on it. Nothing but this and run_ray.py imports Ray."""
+"""A Ray cluster: joined or started, what it has, calls on it. Only this, run_ray.py and worker.py import Ray."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from autoenc.custom import arrive, for_workers
+from autoenc.custom import for_workers
 from autoenc.errors import InputError
 from autoenc.interrupts import leave_warnings_to_us, take_signals
 from autoenc.sweep.packing import Cluster, Node
@@ -30,6 +30,8 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 import ray
 from ray.autoscaler.sdk import request_resources
 from ray.tune.execution import class_cache
+
+from autoenc.sweep.worker import Caller
 
 GROWTH_SECONDS = 900.0          # for a cluster that grows on demand to bring its first node
 
@@ -150,16 +152,10 @@ def call(cpus: int, gpus: float, function: Callable[..., Any], *task: Any, secon
     Raises what it raises, RayError where its process died, TimeoutError after so many seconds.
     """
     # An actor rather than a task: to end a task by force that has just ended crashes Ray's driver.
-    caller = ray.remote(num_cpus=cpus, num_gpus=gpus, accelerator_type=kind)(_Caller).remote()
+    caller = ray.remote(num_cpus=cpus, num_gpus=gpus, accelerator_type=kind)(Caller).remote()
     try:
         return ray.get(caller.call.remote(for_workers(), function, *task, cpus, "cuda" if gpus else "cpu"),
                        timeout=seconds)
     finally:
         with suppress(Exception):               # Ray itself is gone
             ray.kill(caller)
-
-
-class _Caller:
-    def call(self, own: dict[str, tuple[str, str, bytes]], function: Callable[..., Any], *task: Any) -> Any:
-        arrive(own)
-        return function(*task)

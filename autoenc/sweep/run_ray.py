@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoenc.custom import arrive
 from autoenc.interrupts import Deadline, interrupt, take_signals
 from autoenc.sweep import gpu, pace, packing, visible
-from autoenc.sweep.driver import Driver, in_text
+from autoenc.sweep.driver import Driver
 from autoenc.sweep.gauges import Gauges
 from autoenc.sweep.packing import Cluster
 from autoenc.sweep.pairing import make_pairing, pairing_words
@@ -27,7 +25,7 @@ from autoenc.sweep.race import Race
 from autoenc.sweep.ray_cluster import call, quiet
 from autoenc.sweep.spec import Resources
 from autoenc.sweep.store import SweepFolder
-from autoenc.sweep.work import Task, work
+from autoenc.sweep.worker import _Trainable, resources
 
 if TYPE_CHECKING:
     from autoenc.data import Dataset
@@ -85,8 +83,7 @@ def _fit(race: Race, here: Cluster, folder: Path, output: Path, deadline: Deadli
     scratch = folder / ".tune"
     shutil.rmtree(scratch, ignore_errors=True)
     tuner = tune.Tuner(
-        tune.with_resources(_Trainable, lambda config: tune.PlacementGroupFactory(
-            [{"CPU": cpus, "GPU": gpus} | _of_kind(config["kind"])])),
+        tune.with_resources(_Trainable, resources(cpus, gpus)),
         tune_config=tune.TuneConfig(num_samples=-1, search_alg=_Search(driver), scheduler=_Schedule(driver),
                                     max_concurrent_trials=slots, reuse_actors=True,
                                     trial_dirname_creator=lambda trial: trial.trial_id),
@@ -102,11 +99,6 @@ def _fit(race: Race, here: Cluster, folder: Path, output: Path, deadline: Deadli
         gauges.report()
         shutil.rmtree(scratch, ignore_errors=True)
     return driver
-
-
-def _of_kind(kind: str | None) -> dict[str, float]:
-    """What makes Ray keep to nodes with GPUs of a kind: they all have one of it to give."""
-    return {f"accelerator_type:{kind}": 0.001} if kind else {}
 
 
 def share(race: Race, here: Cluster) -> tuple[int, float, int]:
@@ -298,26 +290,3 @@ class _Waits(tune.Callback):
         elif time.monotonic() > self.since + WAITING_SECONDS:
             self.told = True
             self.driver.say(f"no trial runs: {self.why}")
-
-
-class _Trainable(tune.Trainable):
-    """One worker: trains a task an epoch a step. A worker is used again for the next task, torch and data loaded."""
-
-    def setup(self, config: dict[str, Any]) -> None:
-        arrive(config["own"])
-        said = visible.not_seen(config["folder"])
-        self.steps: Iterator[dict[str, Any]] = \
-            iter([{"outcome": "broken", "note": said}]) if said else work(Task(**config["task"]))
-        self.node = ray.get_runtime_context().get_node_id()
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.cleanup()
-        self.setup(new_config)
-        return True
-
-    def step(self) -> dict[str, Any]:
-        return {**in_text(next(self.steps)), "node_id": self.node}
-
-    def cleanup(self) -> None:
-        with suppress(Exception):
-            self.steps.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import socket
 import traceback
@@ -69,6 +70,12 @@ def work(task: Task) -> Iterator[dict[str, Any]]:
     except Exception as error:                  # raised, it would pass for a dead worker and be tried again in silence
         write_atomic(trajectory.folder / "traceback.txt", traceback.format_exc())
         yield {"outcome": "failed", "note": f"{failure(error, config)}; see {trajectory.folder}/traceback.txt"}
+
+
+def in_text(said: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`work` says, with an epoch's figures as one text: of every number in a trial's
+    results Tune keeps a dozen statistics, hundreds of kilobytes a trial (tests/benchmarks, scale)."""
+    return said | {"row": json.dumps(said["row"])} if "row" in said else said
 
 
 def _steps(task: Task, lock: SoftFileLease, trajectory: Trajectory, config: Config) -> Iterator[dict[str, Any]]:
