@@ -99,7 +99,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true",
                         help="move the named sweeps' results and trajectories aside and train them anew")
     parser.add_argument("--dry-run", action="store_true", help="validate and print the plan; write nothing")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)       # options may stand between sweeps
     if not options.sweeps and not options.list:
         parser.error("the following arguments are required: SWEEP")
     if options.slots is not None:

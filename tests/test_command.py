@@ -87,8 +87,8 @@ def test_a_cluster_that_cannot_serve_is_an_error(arguments, tmp_path):
 def test_a_dry_run_says_what_would_run_and_loads_neither_torch_nor_ray(tmp_path):
     code = ("import sys, tune_runner; code = tune_runner.main(sys.argv[1:]); "
             "print('loaded', *({'torch', 'ray', 'optuna'} & set(sys.modules))); sys.exit(code)")
-    done = subprocess.run([sys.executable, "-c", code, PHASE[4], "--output", "out", "--dry-run"], capture_output=True,
-                          text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(PROJECT)})
+    done = subprocess.run([sys.executable, "-c", code, PHASE[2], "--output", "out", PHASE[4], "--dry-run"],
+                          capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(PROJECT)})
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "loaded"
     for text in ("phase1_1_latent_channels", "phase1_4_loss_tuning", "at most 50 epochs", "model.base_channels 64"):
