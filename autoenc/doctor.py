@@ -77,6 +77,11 @@ class Signs:
         return round(share * self.dimensions)
 
     @property
+    def kl(self) -> str:
+        """In words."""
+        return f"KL {self.nats:,.0f} nats" if abs(self.nats) >= 1000 else f"KL {self.nats:.3g} nats"
+
+    @property
     def told_little(self) -> bool:
         """Whether the KL is below 0.01 nats a dimension on average."""
         return self.nats < COLLAPSED_NATS * self.dimensions
@@ -122,7 +127,7 @@ def diagnose(signs: Signs) -> Diagnosis:
 
 def _why(signs: Signs) -> str:
     told = [f"{signs.collapsed_dimensions} of {signs.dimensions} dimensions tell nothing",
-            f"{signs.active:.0%} active units", f"KL {signs.nats:.3g} nats an image"]
+            f"{signs.active:.0%} active units", f"{signs.kl} an image"]
     if not math.isnan(signs.gain):
         told.append(f"the right latent takes away {max(0.0, signs.gain):.0%} of the error that another image's has")
     return ", ".join(told)

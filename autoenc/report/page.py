@@ -44,7 +44,7 @@ def number(value: float | None) -> str:
         return "—"
     if not isfinite(value):
         return "∞" if value > 0 else "−∞"
-    return f"{value:,.0f}" if value == int(value) or abs(value) >= 100_000 else f"{value:#.4g}"
+    return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:#.4g}".removesuffix(".")
 
 
 def signed(value: float, share: bool = True) -> str:

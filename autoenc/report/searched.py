@@ -127,7 +127,7 @@ def _axis(values: Sequence[float], log: bool) -> tuple[list[float], list[tuple[f
 
 
 def _short(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 100_000 else number(value)
+    return f"{value:.3g}" if abs(value) < 1000 else number(value)
 
 
 def _colour(share: float) -> str:

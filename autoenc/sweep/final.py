@@ -119,8 +119,8 @@ def _posteriors(race: Race) -> Iterator[Remark]:
             [(arm, _, diagnosis)] = those
             yield Remark(f"latent of {arm}: {diagnosis.text}", warning=word != HEALTHY)
         elif those:
-            told = ", ".join(f"{arm} ({signs.collapsed_dimensions} of {signs.dimensions} dimensions tell nothing, KL "
-                             f"{signs.nats:.3g} nats)" for arm, signs, _ in those)
+            told = ", ".join(f"{arm} ({signs.collapsed_dimensions} of {signs.dimensions} dimensions tell nothing, "
+                             f"{signs.kl})" for arm, signs, _ in those)
             yield Remark(f"latents: {word}: {told}" + (f"; {ADVICE[word]}" if ADVICE[word] else ""),
                          warning=word != HEALTHY)
 

@@ -7,7 +7,7 @@ import math
 
 def number(value: float) -> str:
     """A figure in four digits, a large one in full."""
-    return f"{value:,.0f}" if 100_000 <= abs(value) < 1e12 else f"{value:.4g}"
+    return f"{value:,.0f}" if 10_000 <= abs(value) < 1e12 else f"{value:.4g}"
 
 
 def percent(share: float) -> str:
