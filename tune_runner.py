@@ -91,7 +91,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--dashboard-host", default="127.0.0.1", metavar="HOST",
                         help="where the dashboard of a Ray that is started here listens (default: 127.0.0.1)")
     parser.add_argument("--no-dashboard", action="store_true",
-                        help="start Ray without its dashboard: a dozen processes less")
+                        help="start Ray without its dashboard: eleven processes less")
     parser.add_argument("--wall-time", metavar="MINUTES",
                         help="end in order, to be gone on with, before so much time is over (a Slurm or LSF job's own "
                              "limit is read where it can be)")
