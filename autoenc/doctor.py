@@ -78,7 +78,7 @@ class Signs:
 
     @property
     def kl(self) -> str:
-        """In words."""
+        """The KL of an image in words, in full from 1,000 nats: ``KL 2,480 nats``, ``KL 0.0172 nats``."""
         return f"KL {self.nats:,.0f} nats" if abs(self.nats) >= 1000 else f"KL {self.nats:.3g} nats"
 
     @property

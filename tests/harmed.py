@@ -24,7 +24,7 @@ SLOTS = 2
 DECISION = "decision.json"
 # Two processes of Ray's own wait 60 s, idle, for a head that is gone with the command; all others end in seconds.
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-WORKERS = ("ray::_Trainable", "ray::ResourceTrainable")          # between two epochs, and in one
+WORKERS = ("ray::TrialWorker", "ray::ResourceTrainable")          # between two epochs, and in one
 
 # Runs in every process of a sweep (as sitecustomize) and writes down each epoch as its training starts and ends, with
 # the epochs that the store's table holds at that moment: what is counted does not rest on the sweep's own books.

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from faults import ARMS, Findings, Project, Size, check_epochs
+from harmed import WORKERS
 from hosts import REPOSITORY, Site, site
 
 LSF = REPOSITORY / "cluster" / "lsf"
@@ -182,11 +183,22 @@ class Job:
                     os.kill(pid, number)
 
 
+def niceness(where: Site, host: str) -> set[int]:
+    """Of Ray's workers on a host; of those that have just ended none."""
+    found = set()
+    for pid in where.processes(host):
+        with suppress(ProcessLookupError, FileNotFoundError):
+            if Path(f"/proc/{pid}/cmdline").read_text().startswith(WORKERS):
+                found.add(os.getpriority(os.PRIO_PROCESS, pid))
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_a_sweep_over_hosts_of_lsf(hosts, tmp_path):
-    """Three hosts, one of them with another version of Ray: a sweep over the two others. LSF's warning ends it, with
-    the exit code that puts the job into the queue again; run again, it trains the rest."""
+    """Three hosts, one of them with another version of Ray: a sweep over the two others, whose workers do not give way
+    to what else the hosts do. LSF's warning ends it, with the exit code that puts the job into the queue again; run
+    again, it trains the rest."""
     project = Project(hosts.folder / "project", Size(epochs=10, images=200))
     (project.folder / "tune_runner.py").symlink_to(REPOSITORY / "tune_runner.py")
     project.sweep(ARMS, resources={"cpus": 1, "gpus": 0})
@@ -198,6 +210,7 @@ def test_a_sweep_over_hosts_of_lsf(hosts, tmp_path):
         return {record["host"] for record in records if record["epochs"]}
 
     job.until(lambda: trained() == {"n1", "n2"}, "epochs on both hosts")
+    assert [niceness(hosts, host) for host in ("n1", "n2")] == [{os.nice(0)}, {os.nice(0)}]
     job.signal(signal.SIGUSR2)
     assert job.process.wait(120) == 99, job.log.read_text()
     told = job.log.read_text()

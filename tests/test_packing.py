@@ -251,7 +251,7 @@ def test_memory_that_runs_out_halves_the_packing(tmp_path, one_gpu, monkeypatch)
     """Five share the GPU where two fit: the sweep goes on from the store, and no epoch is trained twice."""
     from autoenc.sweep import run_ray
 
-    monkeypatch.setattr(run_ray, "_Trainable", crowded_worker(0.5))
+    monkeypatch.setattr(run_ray, "TrialWorker", crowded_worker(0.5))
     lab, said = Lab(tmp_path, levels, arms=ARMS, asha=False), []
     race = lab.race()
     here = run_ray.run(race, replace(one_gpu, packing=8), folder=lab.folder.path, output=tmp_path, say=said.append)
@@ -271,7 +271,7 @@ def test_a_trial_that_has_the_gpu_to_itself_fails(tmp_path, one_gpu, monkeypatch
     """As does one whose share was given by hand."""
     from autoenc.sweep import run_ray
 
-    monkeypatch.setattr(run_ray, "_Trainable", crowded_worker(2))
+    monkeypatch.setattr(run_ray, "TrialWorker", crowded_worker(2))
     for name, more, lines in (("auto", {}, 2), ("by hand", {"resources": {"gpus": 0.5, "accelerator": "V100"}}, 0)):
         folder = tmp_path / name
         folder.mkdir()

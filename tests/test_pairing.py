@@ -124,7 +124,7 @@ def test_trials_of_a_seed_run_on_one_kind(tmp_path, two_kinds, monkeypatch):
     """Both kinds are used; an arm that is added later joins the others of its seed."""
     from autoenc.sweep import run_ray
 
-    monkeypatch.setattr(run_ray, "_Trainable", simulated_worker())
+    monkeypatch.setattr(run_ray, "TrialWorker", simulated_worker())
 
     def ran(arms: dict) -> tuple[Lab, dict[int, set[str]]]:
         lab = Lab(tmp_path, arms=arms, asha=False, decision={"repeats": 4, "within": "5%"})

@@ -235,7 +235,7 @@ def cluster(ray_token):
         from autoenc.sweep import ray_cluster, run_ray
 
         patch.setenv("PYTHONPATH", os.pathsep.join([str(RUNNER.parent), str(Path(__file__).parent)]))
-        patch.setattr(run_ray, "_Trainable", simulated_worker(
+        patch.setattr(run_ray, "TrialWorker", simulated_worker(
             wobbling, seconds=until_one_is_stopped))
         with ray_cluster.cluster(None, dashboard_host=None) as cluster:
             yield cluster

@@ -25,7 +25,7 @@ from autoenc.sweep.race import Race
 from autoenc.sweep.ray_cluster import call, quiet
 from autoenc.sweep.spec import Resources
 from autoenc.sweep.store import SweepFolder
-from autoenc.sweep.worker import _Trainable, resources
+from autoenc.sweep.worker import TrialWorker, trial_resources
 
 if TYPE_CHECKING:
     from autoenc.data import Dataset
@@ -83,7 +83,7 @@ def _fit(race: Race, here: Cluster, folder: Path, output: Path, deadline: Deadli
     scratch = folder / ".tune"
     shutil.rmtree(scratch, ignore_errors=True)
     tuner = tune.Tuner(
-        tune.with_resources(_Trainable, resources(cpus, gpus)),
+        tune.with_resources(TrialWorker, trial_resources(cpus, gpus)),
         tune_config=tune.TuneConfig(num_samples=-1, search_alg=_Search(driver), scheduler=_Schedule(driver),
                                     max_concurrent_trials=slots, reuse_actors=True,
                                     trial_dirname_creator=lambda trial: trial.trial_id),

@@ -14,7 +14,7 @@ from autoenc.sweep import visible
 from autoenc.sweep.work import Task, in_text, work
 
 
-class _Trainable(tune.Trainable):
+class TrialWorker(tune.Trainable):
     """One worker: trains a task an epoch a step. A worker is used again for the next task, torch and data loaded."""
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -37,7 +37,7 @@ class _Trainable(tune.Trainable):
             self.steps.close()
 
 
-def resources(cpus: int, gpus: float) -> Callable[[dict[str, Any]], tune.PlacementGroupFactory]:
+def trial_resources(cpus: int, gpus: float) -> Callable[[dict[str, Any]], tune.PlacementGroupFactory]:
     """What a trial asks Ray for, by its configuration. (It travels with the trial.)"""
     return lambda config: tune.PlacementGroupFactory([{"CPU": cpus, "GPU": gpus} | _of_kind(config["kind"])])
 

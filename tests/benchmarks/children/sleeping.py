@@ -26,7 +26,7 @@ from autoenc.table import append_row
 from autoenc.trajectory import trajectory_key
 
 
-class Sleeper(run_ray._Trainable):
+class Sleeper(run_ray.TrialWorker):
     """A worker that sleeps instead of training."""
 
     def setup(self, config: dict) -> None:
@@ -62,7 +62,7 @@ def main(trials: int, epochs: int, output: str, nodes: int, slots: int) -> None:
     spec = load_chain(folder / "sleeping.yaml")[-1]
     start = starting_point(spec, spec.base)
     sweep = SweepFolder(folder, spec.name)
-    run_ray._Trainable = Sleeper
+    run_ray.TrialWorker = Sleeper
     resources = {"num_cpus": slots, "object_store_memory": 80 * 2**20, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=resources)
     try:
