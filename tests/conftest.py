@@ -16,6 +16,13 @@ def ray_token(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """Where data that is prepared is kept: a folder of this test's own, not there yet."""
+    monkeypatch.setenv("AUTOENC_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
 def module(tmp_path, monkeypatch) -> Callable[..., str]:
     """Writes a module under a name of its own, on Python's path; gives the name."""
     from owncode import names  # it loads torch

@@ -17,13 +17,8 @@ from autoenc.data import Dataset, cached, check, prepare
 from autoenc.errors import InputError
 from autoenc.settings import DataConfig
 
+pytestmark = pytest.mark.usefixtures("cache")
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("AUTOENC_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 def paint(path: Path, number: int, size: int = 8) -> None:

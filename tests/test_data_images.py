@@ -18,14 +18,10 @@ from autoenc.data.palette import Palette
 from autoenc.errors import InputError
 from autoenc.settings import DataConfig
 
+pytestmark = pytest.mark.usefixtures("cache")
 RED, GREEN, PAPER = (200, 0, 0), (0, 200, 0), (240, 240, 240)
 PALETTE = {"red": {"rgb": list(RED), "class_index": 1}, "green": {"rgb": list(GREEN), "class_index": 0},
            "background": {"rgb": list(PAPER), "class_index": 2}}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("AUTOENC_CACHE", str(tmp_path / "cache"))
 
 
 def write_palette(folder: Path, content=PALETTE) -> str:

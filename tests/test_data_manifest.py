@@ -18,13 +18,8 @@ from autoenc.config import DataConfig
 from autoenc.data import Dataset, cached, check, prepare
 from autoenc.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("cache")
 COUNT = 30
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("AUTOENC_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @pytest.fixture

@@ -1,101 +1,23 @@
-"""ImgiNav's experiment files: what they say as settings, what they cannot say, and the way back."""
+"""ImgiNav's experiment files: what they say as settings, what they cannot say, and where they can be given."""
 
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from experiments import F3, FILE, f3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoenc.config import HEADS, Config, load_config, make_config
+from autoenc.config import HEADS, load_config, make_config
 from autoenc.data import layouts
 from autoenc.data.palette import read_palette
 from autoenc.errors import InputError
-from autoenc.interop import (
-    PALETTE,
-    as_arm,
-    check_counts,
-    is_experiment,
-    load_experiment,
-    main,
-    read_experiment,
-    write_experiment,
-)
+from autoenc.interop import PALETTE, as_arm, check_counts, is_experiment, read_experiment
 from autoenc.sweep.inherit import arm_candidates, load_chain, starting_point
-from autoenc.yamlfile import dump_yaml, parse_yaml, read_yaml
+from autoenc.yamlfile import parse_yaml
 
-F3 = """
-experiment: {name: phase1_4_AE_F3, phase: phase1_4_loss_tuning, save_path: /scratch/phase1_4_AE_F3}
-dataset:
-  manifest: layouts.csv
-  outputs: {rgb: layout_path, segmentation: layout_path, label: type}
-  filters: {is_empty: [false]}
-  return_path: false
-autoencoder:
-  encoder: {in_channels: 3, latent_channels: 16, base_channels: 32, downsampling_steps: 4, activation: SiLU,
-            norm_groups: 8, variational: false}
-  decoder:
-    latent_channels: 16
-    base_channels: 32
-    upsampling_steps: 4
-    activation: SiLU
-    norm_groups: 8
-    heads:
-      - {type: RGBHead, name: rgb, out_channels: 3, final_activation: tanh}
-      - {type: SegmentationHead, name: segmentation, num_classes: 11}
-      - {type: ClassificationHead, name: classification, num_classes: 2}
-training:
-  seed: 42
-  train_split: 0.8
-  split_seed: 7
-  batch_size: 16
-  num_workers: 8
-  shuffle: true
-  epochs: 10
-  learning_rate: 1e-4
-  optimizer: AdamW
-  weight_decay: 0.01
-  save_interval: 5
-  sample_interval: 5
-  early_stopping_patience: 3
-  early_stopping_min_delta: 0.0001
-  early_stopping_restore_best: true
-  loss:
-    type: CompositeLoss
-    losses:
-      - {type: MSELoss, key: rgb, target: rgb, weight: 1.0}
-      - {type: CrossEntropyLoss, key: segmentation, target: segmentation, weight: 0.05}
-      - {type: CrossEntropyLoss, key: classification, target: label, weight: 0.01}
-"""
-FILE = Path("/data/phase1_4_AE_F3.yaml")
-
-
-def f3(**changes):
-    """The example with other values; dots in keys are written ``__``; ``...`` takes a key out."""
-    content = parse_yaml(F3, "F3")
-    for key, value in changes.items():
-        *place, last = key.split("__")
-        section = content
-        for part in place:
-            section = section[int(part)] if isinstance(section, list) else section.setdefault(part, {})
-        if value is ...:
-            del section[last]
-        else:
-            section[int(last) if isinstance(section, list) else last] = value
-    return content
-
-
-def refused(content) -> str:
-    with pytest.raises(InputError) as error:
-        read_experiment(content, FILE)
-    assert all(line.startswith(f"{FILE}: ") for line in str(error.value).split("\n"))
-    return str(error.value)
-
+# Reading --------------------------------------------------------------------------------------------------------------
 
 def test_an_experiment_is_read_whole():
     experiment = read_experiment(f3(), FILE)
@@ -162,6 +84,41 @@ def test_a_variational_standardised_experiment():
     assert any("KLDLoss: without effect" in notice for notice in read_experiment(content, FILE).notices)
 
 
+@pytest.mark.parametrize(("classes", "labels", "said"), [
+    (10, 2, "SegmentationHead: num_classes: 11, and the data has 10 segmentation classes"),
+    (11, 3, "ClassificationHead: num_classes: 2, and the data has 3 labels"), (11, 2, None)])
+def test_declared_counts_must_be_those_of_the_data(classes, labels, said):
+    experiment = read_experiment(f3(), FILE)
+    if said is None:
+        check_counts(experiment, classes, labels)
+    else:
+        with pytest.raises(InputError, match=said):
+            check_counts(experiment, classes, labels)
+
+
+def test_without_heads_any_data_will_do():
+    content = f3(autoencoder__decoder__heads=[{"type": "RGBHead", "name": "rgb"}],
+                 training__loss={"type": "MSELoss", "key": "rgb", "target": "rgb"})
+    check_counts(read_experiment(content, FILE), 0, 0)
+
+
+@pytest.mark.parametrize(("content", "expected"), [
+    (parse_yaml(F3, "F3"), True), ({"experiment": 1, "training": None}, True), ({"training": {}}, False),
+    ({"config": {"train": {"epochs": 1}}}, False), ({"name": "phase1_1", "arms": {}}, False), (None, False),
+    ([], False), ("experiment", False)])
+def test_which_files_are_experiments(content, expected):
+    assert is_experiment(content) is expected
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+def refused(content) -> str:
+    with pytest.raises(InputError) as error:
+        read_experiment(content, FILE)
+    assert all(line.startswith(f"{FILE}: ") for line in str(error.value).split("\n"))
+    return str(error.value)
+
+
 @pytest.mark.parametrize(("changes", "said"), [
     ({"training__optimizer": "Adam"}, "training.optimizer: 'Adam': input should be 'AdamW'"),
     ({"autoencoder__encoder__activation": "ReLU"}, "autoencoder.encoder.activation: 'ReLU'"),
@@ -224,143 +181,6 @@ def test_several_problems_are_told_together():
     assert len(said.split("\n")) == 4
 
 
-@pytest.mark.parametrize(("classes", "labels", "said"), [
-    (10, 2, "SegmentationHead: num_classes: 11, and the data has 10 segmentation classes"),
-    (11, 3, "ClassificationHead: num_classes: 2, and the data has 3 labels"), (11, 2, None)])
-def test_declared_counts_must_be_those_of_the_data(classes, labels, said):
-    experiment = read_experiment(f3(), FILE)
-    if said is None:
-        check_counts(experiment, classes, labels)
-    else:
-        with pytest.raises(InputError, match=said):
-            check_counts(experiment, classes, labels)
-
-
-def test_without_heads_any_data_will_do():
-    content = f3(autoencoder__decoder__heads=[{"type": "RGBHead", "name": "rgb"}],
-                 training__loss={"type": "MSELoss", "key": "rgb", "target": "rgb"})
-    check_counts(read_experiment(content, FILE), 0, 0)
-
-
-@pytest.mark.parametrize(("content", "expected"), [
-    (parse_yaml(F3, "F3"), True), ({"experiment": 1, "training": None}, True), ({"training": {}}, False),
-    ({"config": {"train": {"epochs": 1}}}, False), ({"name": "phase1_1", "arms": {}}, False), (None, False),
-    ([], False), ("experiment", False)])
-def test_which_files_are_experiments(content, expected):
-    assert is_experiment(content) is expected
-
-
-def test_as_an_arm_it_leaves_data_seed_and_budget_to_the_sweep():
-    experiment = read_experiment(f3(), FILE)
-    start = make_config({"train.epochs": 3, "data.image_size": 512, "train.seed": 42}, "sweep").flat()
-    arm, (notice,) = as_arm(experiment, start)
-    assert arm["model.latent_channels"] == 16 and arm["loss.segmentation"] == 0.05
-    assert not any(key.startswith("data.") for key in arm) and "train.epochs" not in arm and "train.seed" not in arm
-    assert "train.epochs (3 here)" in notice and "data.manifest (None here)" in notice
-    assert "train.seed" not in notice and "data.image_size" not in notice
-    assert as_arm(experiment, {**start, **experiment.settings})[1] == []
-
-
-weights = st.sampled_from([0.0, 1e-6, 0.05, 1.0]) | st.floats(0, 1e6)
-columns = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=6)
-
-
-def plain_path(name: str) -> str:
-    """As a configuration holds it: absolute, without a slash too many."""
-    return os.path.realpath(f"/nowhere/x{name}")
-
-
-shares = st.integers(1, 998).map(lambda train: [train / 1000, (1000 - train) / 2000, (1000 - train) / 2000])
-expressible = st.fixed_dictionaries(
-    {"data.source": st.just("manifest"), "data.manifest": columns.map(plain_path),
-     "data.image_size": st.sampled_from([256, 512, 768]), "loss.mse": st.floats(1e-9, 1e6),
-     "model.heads": st.just(list(HEADS)), "data.palette": st.just(str(PALETTE)), "data.label_column": columns},
-    optional={
-        "data.image_column": columns, "data.seed": st.integers(0, 2**63 - 1), "data.split": shares,
-        "data.filters": st.dictionaries(columns, st.lists(columns | st.booleans() | st.none(), min_size=1), max_size=2),
-        "model.latent_channels": st.integers(1, 4096), "model.base_channels": st.integers(1, 1024),
-        "model.downsampling_steps": st.integers(1, 8), "model.variational": st.booleans(),
-        "model.normalize_latents": st.booleans(), "loss.l1": weights, "loss.segmentation": weights,
-        "loss.classification": weights, "loss.kl": weights, "loss.standardization": weights,
-        "train.epochs": st.integers(1, 100_000), "train.batch_size": st.integers(1, 65_536),
-        "train.learning_rate": st.floats(1e-300, 1e300), "train.weight_decay": st.floats(0, 1e300),
-        "train.seed": st.integers(0, 2**32 - 1), "train.patience": st.none() | st.integers(1, 100_000),
-        "train.min_delta": st.floats(0, 1e300), "train.sample_every": st.integers(0, 100_000)})
-there_and_back = settings(max_examples=60, deadline=None)
-
-
-def back(document) -> Config:
-    written = parse_yaml(dump_yaml(document), "written")
-    return make_config(read_experiment(written, Path("/elsewhere/written.yaml")).settings, "back")
-
-
-@there_and_back
-@given(expressible, st.sampled_from([None, ["rgb"], ["rgb", "classification"]]), st.text(min_size=1).map(repr))
-def test_a_configuration_survives_the_form(flat, heads, name):
-    config = make_config(flat, "test")
-    again = back(write_experiment(config, name, labels=2))
-    alike = {"data.split", "model.heads", "model.normalizer", "loss.standardization"}
-    mine, theirs = ({key: value for key, value in one.flat().items() if key not in alike} for one in (config, again))
-    assert mine == theirs
-    assert config.as_trained.identity() == again.as_trained.identity()
-    assert config.data.split == pytest.approx(again.data.split, abs=1e-9)
-    if heads is not None and all(head in heads for head in config.loss_weights if head in HEADS):
-        fewer = config.model_copy(update={"model": config.model.model_copy(update={"heads": tuple(heads)})})
-        assert back(write_experiment(fewer, name, labels=2)).heads == tuple(heads)
-
-
-@there_and_back
-@given(expressible)
-def test_an_experiment_survives_the_way_here_and_back(flat):
-    document = write_experiment(make_config(flat, "test"), "name", labels=2)
-    assert write_experiment(back(document), "name", labels=2) == document
-
-
-@pytest.mark.parametrize("setting", [
-    {"data.source": "folder"}, {"data.source": "layouts"}, {"data.limit": 400}, {"data.fit": "crop"},
-    {"data.palette_tolerance": 5.0}, {"data.allow_outside": True}, {"data.split": [0.8, 0.15, 0.05]},
-    {"model.latent": "sample", "model.variational": True}, {"train.monitor": "val/psnr"}, {"train.precision": "bf16"},
-    {"train.schedule": "cosine"}, {"train.ema": 0.999}, {"model.norm": "batch"}, {"model.init": "xavier"},
-    {"loss.kl_reduction": "sum", "model.variational": True}, {"loss.free_bits": 0.1, "model.variational": True},
-    {"loss.optimal_variance": True, "model.variational": True},
-    {"model.normalizer": "learned", "model.normalize_latents": True},
-    {"model.normalizer": "running", "model.normalize_latents": True}])
-def test_what_the_form_cannot_say_is_named(setting):
-    flat = read_experiment(f3(), FILE).settings
-    write_experiment(make_config(flat, "test"), "name", labels=2)
-    with pytest.raises(InputError) as error:
-        write_experiment(make_config({**flat, **setting}, "test"), "name", labels=2)
-    key, value = next(iter(setting.items()))
-    assert str(error.value).startswith(f"{key}: {value!r}")
-    assert len(str(error.value).split("\n")) == 1
-
-
-def test_what_has_no_effect_needs_no_place_in_it():
-    flat = read_experiment(f3(), FILE).settings
-    idle = {"loss.kl_reduction": "sum", "loss.kl_schedule": "linear", "loss.kl_warmup_epochs": 3, "loss.free_bits": 1.0,
-            "loss.kl_cycles": 2, "loss.optimal_variance": True, "train.stop_on_collapse": True}
-    plain = write_experiment(make_config(flat, "test"), "name", labels=2)
-    assert write_experiment(make_config({**flat, **idle}, "test"), "name", labels=2) == plain
-
-
-def test_generated_layouts_have_no_place_in_it():
-    config = make_config({"loss.segmentation": 0.1, "loss.classification": 0.1, "data.limit": 400}, "test")
-    with pytest.raises(InputError) as error:
-        write_experiment(config, "name")
-    assert [line.split(": ")[0] for line in str(error.value).split("\n")] == ["data.source", "data.limit"]
-
-
-def test_a_palette_is_told_by_its_content(tmp_path):
-    flat = read_experiment(f3(), FILE).settings
-    same, other = tmp_path / "same.yaml", tmp_path / "other.yaml"
-    same.write_text(dump_yaml(read_yaml(PALETTE)))
-    other.write_text("wall: {rgb: [200, 200, 200], class_index: 0}\n")
-    written = write_experiment(make_config({**flat, "data.palette": str(same)}, "test"), "name", labels=2)
-    assert back(written).data.palette == str(PALETTE)
-    with pytest.raises(InputError, match=r"^data\.palette: "):
-        write_experiment(make_config({**flat, "data.palette": str(other)}, "test"), "name", labels=2)
-
-
 junk = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from([10**290, "~me/x"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4) | st.integers() | st.none(), inner,
@@ -418,58 +238,18 @@ def test_any_file_is_an_experiment_or_an_input_error(content):
         assert experiment.notices
 
 
-def test_the_command_goes_there_and_back(tmp_path, capsys):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "layouts.csv").write_text("layout_path,type,is_empty\n" + "".join(
-        f"images/{k}.png,{'scene' if k % 2 else 'room'},false\n" for k in range(4)))
-    for k in range(4):
-        (tmp_path / f"images/{k}.png").touch()
-    source, ours = tmp_path / "F3.yaml", tmp_path / "best_config.yaml"
-    source.write_text(F3)
-    assert load_experiment(source) == read_experiment(f3(), source)
-    assert main([str(source), "--from", "imginav", "--output", str(ours)]) == 0
-    assert load_experiment(ours) is None
-    assert "note: " in capsys.readouterr().err
-    config = load_config(ours)
-    assert config == make_config(read_experiment(f3(), source).settings, "F3")
-    content = read_yaml(ours)
-    ours.write_text(dump_yaml({**content, "provenance": {"sweep": "phase1_4_loss_tuning", "arm": "F3"}}))
-    assert main([str(ours), "--to", "imginav"]) == 0
-    written = parse_yaml(capsys.readouterr().out, "out")
-    assert written["experiment"]["name"] == "phase1_4_loss_tuning"
-    heads = {head["name"]: head.get("num_classes") for head in written["autoencoder"]["decoder"]["heads"]}
-    assert heads == {"rgb": None, "segmentation": 11, "classification": 2}        # labels counted in the manifest
-    assert make_config(read_experiment(written, source).settings, "back") == config
-
-
-def test_the_command_says_what_is_wrong(tmp_path):
-    source, ours = tmp_path / "F3.yaml", tmp_path / "layouts.yaml"
-    source.write_text(F3)
-    ours.write_text("train: {epochs: 1, precision: bf16}\n")
-    for arguments, said in (([source, "--to", "imginav"], "is an experiment file already"),
-                            ([ours, "--from", "imginav"], "is no experiment file"),
-                            ([ours, "--to", "imginav"], f"{ours}: train.precision: 'bf16'"),
-                            ([tmp_path / "no.yaml"], "no such file"),
-                            ([source, "--output", tmp_path], "cannot be written"),
-                            ([source, "--output", tmp_path / "no" / "x.yaml"], "cannot be written")):
-        with pytest.raises(InputError) as error:
-            main([str(argument) for argument in arguments])
-        assert said in str(error.value)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["F3.yaml", "layouts.yaml"]
-
-
-def test_the_command_loads_neither_torch_nor_ray(tmp_path):
-    source = tmp_path / "F3.yaml"
-    source.write_text(F3.replace("AdamW", "Adam"))
-    code = ("import sys; from autoenc.errors import command; from autoenc.interop import main\n"
-            "try: command(main)\n"
-            "finally: assert not {'torch', 'ray'} & set(sys.modules)")
-    run = subprocess.run([sys.executable, "-c", code, str(source)], capture_output=True, text=True, timeout=60)
-    assert run.returncode == 2
-    assert run.stderr == f"error: {source}: training.optimizer: 'Adam': input should be 'AdamW'\n"
-
-
 # Wherever a configuration can be given --------------------------------------------------------------------------------
+
+def test_as_an_arm_it_leaves_data_seed_and_budget_to_the_sweep():
+    experiment = read_experiment(f3(), FILE)
+    start = make_config({"train.epochs": 3, "data.image_size": 512, "train.seed": 42}, "sweep").flat()
+    arm, (notice,) = as_arm(experiment, start)
+    assert arm["model.latent_channels"] == 16 and arm["loss.segmentation"] == 0.05
+    assert not any(key.startswith("data.") for key in arm) and "train.epochs" not in arm and "train.seed" not in arm
+    assert "train.epochs (3 here)" in notice and "data.manifest (None here)" in notice
+    assert "train.seed" not in notice and "data.image_size" not in notice
+    assert as_arm(experiment, {**start, **experiment.settings})[1] == []
+
 
 @pytest.fixture
 def sweeps(tmp_path):
