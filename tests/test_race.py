@@ -102,6 +102,53 @@ def test_a_stop_is_told_in_words_and_as_an_event(lab):
     assert row["verdict"] == "behind at epoch 1"
 
 
+def test_the_first_at_a_rung_is_compared_with_those_that_come_after(lab):
+    """As long as it runs. What it has trained beyond the rung stays in the store, and is no part of this sweep."""
+    here = lab({"D": 0.3, "A": 0.1}, asha={"reduction_factor": 4})
+    race = here.race()
+    bad, good = race.next(), race.next()
+    assert [here.step(race, run) for run in (bad, bad, good)] == [False] * 3
+    assert here.step(race, bad) and states(race)["D_seed42"] == ("stopped", 1)
+    assert here.stops() == [("D_seed42", 1, 0.6, 0.2, 0.2)] and len(bad.trajectory.rows()) == 3
+    assert (bad.trained, bad.spared) == (3, 5)
+    assert states(here.race())["D_seed42"] == ("stopped", 1)         # and out of the store
+    while not here.step(race, good):
+        pass
+    assert states(race)["A_seed42"] == ("completed", 8) and len(here.stops()) == 1
+
+
+def test_killed_before_the_first_at_a_rung_was_compared_again(lab):
+    here = lab({"D": 0.3, "A": 0.1}, asha={"reduction_factor": 4})
+    race = here.race()
+    bad, good = race.next(), race.next()
+    for run in (bad, bad, good):
+        assert not here.step(race, run)
+    race = here.race()
+    assert states(race)["D_seed42"] == ("stopped", 1) and here.stops() == [("D_seed42", 1, 0.6, 0.2, 0.2)]
+
+
+def test_only_the_last_rung_that_was_passed_counts(lab):
+    """D was behind at epoch 1, where it was alone; at epoch 2 it is as good as the other."""
+    def curve(config):
+        return levels(config) if config.train.weight_decay == 0.1 else [0.9, *levels(config)[1:]]
+    here = lab({"D": 0.102, "A": 0.1}, curve)
+    race = here.race()
+    slow, good = race.next(), race.next()
+    for run in (slow, slow, good, slow, good, slow):
+        assert not here.step(race, run)
+    assert not here.stops()
+
+
+def test_whoever_is_through_is_not_stopped_any_more(lab):
+    """Its last epoch comes when a better one has passed the rung: there is nothing left to spare."""
+    here = lab({"D": 0.3, "A": 0.1}, asha={"grace_epochs": 2, "reduction_factor": 4})
+    race = here.race()
+    bad, good = race.next(), race.next()
+    assert not any(here.step(race, run) for run in (*[bad] * 7, good, good))
+    assert not here.step(race, bad) and here.step(race, bad)
+    assert states(race)["D_seed42"] == ("completed", 8) and not here.stops()
+
+
 def test_patience_ends_a_run_and_is_no_stop(lab):
     flat = lambda config: [config.train.weight_decay] * 8                                     # noqa: E731
     race = lab({"A": 0.1, "B": 0.102}, flat, config={"train": {"patience": 2}}).run()

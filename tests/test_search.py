@@ -141,9 +141,17 @@ def test_a_suggestion_known_while_it_runs_is_told_when_it_ends(lab):
 
 def test_a_continued_trial_is_learnt_from_once_more(lab):
     curve = curve_to({0.1: "diverged"})
-    race = lab(curve, arms={"A": {KNOB: 0.1}, "B": {KNOB: 0.4}}, trials=3).run(slots=3, seed=2)
+    space = {KNOB: {"type": "float", "low": 0.3, "high": 0.5}}           # what is drawn does not beat B
+    race = lab(curve, space, arms={"A": {KNOB: 0.1}, "B": {KNOB: 0.3}}, trials=3).run(slots=3, seed=2)
+    states = [state for params, state, *_ in told(race) if params[KNOB] == 0.3]
+    assert race.trials[1].run.state == "completed" and states == [PRUNED, COMPLETE]
+
+
+def test_who_is_continued_and_beaten_again_is_learnt_from_twice(lab):
+    race = lab(curve_to({0.1: "diverged"}), arms={"A": {KNOB: 0.1}, "B": {KNOB: 0.4}}, trials=3,
+               asha={"reduction_factor": 4}).run(slots=3, seed=2)
     states = [state for params, state, *_ in told(race) if params[KNOB] == 0.4]
-    assert race.trials[1].run.state == "completed" and states in ([COMPLETE], [PRUNED, COMPLETE])
+    assert race.trials[1].run.state == "stopped" and states == [PRUNED, PRUNED]
 
 
 WHEN = {"model.variational": True}

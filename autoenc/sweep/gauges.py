@@ -103,7 +103,7 @@ class Gauges:
         yield "autoenc_slots_busy", sweep, float(len(running))
         yield "autoenc_epochs_trained", sweep, float(sum(run.trained for run in runs))
         yield "autoenc_epochs_saved", sweep | {"by": "asha"}, float(
-            sum(run.config.train.epochs - len(run.rows) for run in runs if run.state == "stopped"))
+            sum(run.spared for run in runs if run.state == "stopped"))
         yield "autoenc_epochs_saved", sweep | {"by": "store"}, float(
             sum(min(run.stored, len(run.rows)) for run in runs))
 

@@ -22,7 +22,6 @@ from autoenc.sweep.final import Remark
 from autoenc.sweep.inherit import Candidate, Winner
 from autoenc.sweep.race import Race
 from autoenc.sweep.spec import Spec
-from autoenc.trajectory import collapsed_at
 
 MOST_VERDICTS = 6            # in words, below the table
 STATE_BYTES, WEIGHTS_BYTES = 4 * 3, 4        # a parameter: in latest.pt with two moments of AdamW; in best.pt
@@ -243,8 +242,7 @@ def show_decision(console: Console, race: Race, decision: Mapping[str, Any], win
             console.print(f"  · {escape(remark.text)}", highlight=False, soft_wrap=True)
     trained = sum(run.trained for run in race.runs.values())
     stored = sum(min(run.stored, len(run.rows)) for run in race.runs.values())
-    spared = sum(run.config.train.epochs - len(run.rows) for run in race.runs.values()
-                 if run.state == "stopped" or collapsed_at(run.rows, run.config) is not None)
+    spared = sum(run.spared for run in race.runs.values())
     console.print(f"  · epochs: {trained} trained, {stored} from the store, {spared} spared by early stopping",
                   highlight=False)
     for path in files:

@@ -231,7 +231,7 @@ class Race(Standing):
             stop = self._judge(run, epoch)
             if stop is not None:
                 return stop
-        return None
+        return self._judge_again(run)
 
     def finish(self, run: Run, status: str, note: str = "") -> None:
         """A run ended: ``completed``, ``diverged`` or ``failed``."""
@@ -278,14 +278,28 @@ class Race(Standing):
             self.rungs.record(run.id, epoch, value, fit=self._fit(run, epoch))
             return None
         stop = self.rungs.judge(run.id, epoch, value, fit=self._fit(run, epoch))
-        metric = self.spec.objective.metric
         if stop is None:
-            self._say("passed", run, epoch=epoch, value=value, metric=metric)
+            self._say("passed", run, epoch=epoch, value=value, metric=self.spec.objective.metric)
         else:
-            self._stop(run, stop)
-            self._say("stopped", run, epoch=stop.epoch, value=stop.value, cutoff=stop.cutoff, best=stop.best,
-                      beaten_by=list(stop.beaten_by), metric=metric)
+            self._stop_now(run, stop)
         return stop
+
+    def _judge_again(self, run: Run) -> Stop | None:
+        """Compare a run that has passed its last rung with those that have come there since: whoever is the first there
+        has nobody to be compared with, however far behind it is. Earlier rungs tell less, and count no more."""
+        passed = [epoch for epoch in self.rungs.epochs if epoch <= len(run.rows)]
+        if not passed or run.protected or run.at_end:
+            return None
+        epoch = passed[-1]
+        stop = self.rungs.judge(run.id, epoch, self.score(run, epoch), fit=self._fit(run, epoch))
+        if stop is not None:
+            self._stop_now(run, stop)
+        return stop
+
+    def _stop_now(self, run: Run, stop: Stop) -> None:
+        self._stop(run, stop)
+        self._say("stopped", run, epoch=stop.epoch, value=stop.value, cutoff=stop.cutoff, best=stop.best,
+                  beaten_by=list(stop.beaten_by), metric=self.spec.objective.metric)
 
     def _stop(self, run: Run, stop: Stop) -> None:
         run.state, run.stop = "stopped", stop
@@ -363,8 +377,9 @@ class Race(Standing):
         self._continue_unbeaten()
         passed = self._past.passed(self.spec.objective.metric)
         for run in list(self.runs.values()):     # killed after an epoch was stored and before it was judged
-            if run.state == "waiting" and run.id not in stops and (run.id, len(run.rows)) not in passed:
-                self._judge(run, len(run.rows))
+            if run.state == "waiting" and run.id not in stops and (
+                    (run.id, len(run.rows)) in passed or self._judge(run, len(run.rows)) is None):
+                self._judge_again(run)
 
     def _settle(self, run: Run) -> None:
         """Bring a run to where the store has it: its rungs, its end."""

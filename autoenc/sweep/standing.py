@@ -54,6 +54,14 @@ class Run:
         seconds = [row["seconds"] for row in self.rows if row["seconds"] > 0]
         return sum(seconds) / len(seconds) if seconds else None
 
+    @property
+    def spared(self) -> int:
+        """Epochs of its budget that early stopping, or a collapse that ended it, left untrained."""
+        if self.state != "stopped" and collapsed_at(self.rows, self.config) is None:
+            return 0
+        beyond = self.trained - (len(self.rows) - min(self.stored, len(self.rows)))    # until the stop was told
+        return self.config.train.epochs - len(self.rows) - max(0, beyond)
+
     def read(self) -> None:
         """Take over the epochs that the store has beyond those known, as far as they are this run's."""
         rows = self.trajectory.rows()
