@@ -81,7 +81,14 @@ def test_a_tiny_run_from_end_to_end(tmp_path):
     assert text.startswith("# Before\n") and text.endswith("\n\nAfter.\n") and "old" not in text
     table = text.split("begin -->")[1].split("<!--")[0].strip()
     assert table in said and "| replay of 1,000 epochs " in table and "mean anything" in table
-    assert run("--from", file, file) .strip() == table
+    assert run("--from", file).strip() == table
+    assert f"| yes     | {number_of(row)} " in run("--from", file, file)          # of a run before, its ratio
+
+
+def number_of(row: dict) -> str:
+    from table import number
+
+    return number(row["ratio"]["median"])
 
 
 @pytest.mark.parametrize(("arguments", "said"), [

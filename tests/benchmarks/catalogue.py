@@ -28,7 +28,8 @@ BENCHMARKS = {benchmark.name: benchmark for benchmark in (
         "64 px files": _rate("data, files of 64 px", "decoding DataLoader", None)}),
     Benchmark("memory", "memory", "memory", {
         "memory": _share("memory", "growth a trial, data alone", "data set", "MB", Mark("at most", 0.05)),
-        "worker included": _share("memory, worker included", "growth a trial", "data set", "MB", None)}, repeats=3),
+        "worker included": _share("memory, worker included", "growth a trial", "data set", "MB", None)}, repeats=3,
+        clocked=False),
     Benchmark("scale", "scale", "scale", {
         "rate": _rate("scale: trials a second", "plain Ray Tune", Mark("at least", 3), "trials/s", "the command"),
         "memory": Row("scale: driver memory a trial", "the command", "plain Ray Tune", "KB", "ours/other",
@@ -45,7 +46,7 @@ BENCHMARKS = {benchmark.name: benchmark for benchmark in (
         "epochs": _share("epochs of first seeds", "trained", "without stopping and store", "epochs",
                          Mark("at most", 0.65)),
         "winners": _share("winners as with full training", "the same", "phases", "phases", Mark("at least", 1))},
-        repeats=3),
+        repeats=3, clocked=False),
     Benchmark("gpu-large", "gpu", "gpu_large", {
         "512 px": _rate("GPU, 512 px", "float32 eager loop", Mark("at least", 3))}),
     Benchmark("gpu-many", "gpu", "gpu_many", {

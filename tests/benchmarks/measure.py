@@ -62,7 +62,7 @@ class Benchmark:
     function: str
     rows: Mapping[str, Row]
     repeats: int = 5
-    slow: bool = False                           # an hour or more: run by its name only
+    clocked: bool = True                         # False: other work on the machine does not change its figures
 
 
 @dataclass

@@ -59,7 +59,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works")
     parser.add_argument("--json", metavar="FILE", help="write the figures of every round")
     parser.add_argument("--from", dest="earlier", nargs="+", metavar="FILE", default=[],
-                        help="the JSON files of earlier runs instead of measuring; the latest figures count")
+                        help="the JSON files of earlier runs instead of measuring; the latest figures count, those "
+                             "before stand beside them")
     parser.add_argument("--write", metavar="PAGE", help="put the table between the markers of a Markdown page")
     parser.add_argument("--manifest", type=Path, help="images for the benchmark epochs")
     parser.add_argument("--palette", type=Path, help="their classes")
@@ -122,7 +123,8 @@ def one(benchmark: Benchmark, asked: Options, repeats: int) -> tuple[list[dict[s
         for key, value in done.notes.items():
             notes.setdefault(key, []).append(value)
     return rows, {"rounds": len(rounds), "seconds": seconds, "load": load, "skipped": skipped,
-                  "failed": failed, "loaded": load > LOADED * (os.cpu_count() or 1), "notes": notes}
+                  "failed": failed, "notes": notes,
+                  "loaded": benchmark.clocked and load > LOADED * (os.cpu_count() or 1)}
 
 
 def machine() -> dict[str, Any]:
@@ -157,14 +159,21 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def joined(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Several runs as one, in the order of the catalogue; of a benchmark that several ran, the last one's figures."""
+    """Several runs as one, in the order of the catalogue; of a benchmark that several ran, the last one's figures, with
+    the ratios of those before."""
     machines = {(run["machine"]["cpu"], run["machine"]["cores"], run["machine"]["gpu"]) for run in runs}
     if len(machines) > 1:
         raise InputError("--from: the runs are of different machines; write a table for each")
     last = {name: run for run in runs for name in run["benchmarks"]}
     order = [name for name in BENCHMARKS if name in last]
+
+    def before(row: dict[str, Any]) -> list[float]:
+        return [old["ratio"]["median"] for run in runs if run is not last[row["benchmark"]] for old in run["rows"]
+                if (old["benchmark"], old["what"]) == (row["benchmark"], row["what"])]
+
     return {"machine": runs[-1]["machine"], "quick": any(run["quick"] for run in runs),
-            "rows": [row for name in order for row in last[name]["rows"] if row["benchmark"] == name],
+            "rows": [row | {"before": before(row)} for name in order for row in last[name]["rows"]
+                     if row["benchmark"] == name],
             "benchmarks": {name: last[name]["benchmarks"][name] for name in order}}
 
 

@@ -11,12 +11,15 @@ from autoenc.errors import InputError
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 HEADER = ("what", "ours", "beside", "ratio (quartiles)", "mark", "reached")
+BEFORE = "an earlier run"
 
 
 def table_of(found: Mapping[str, Any]) -> str:
     """A run (the content of a JSON file) as Markdown that can be read as it is: table, notes, machine."""
-    rows = [_cells(row) for row in found["rows"]]
-    lines = _aligned([HEADER, ["-" * len(name) for name in HEADER], *rows]) if rows else []
+    several = any(row.get("before") for row in found["rows"])
+    header = (*HEADER, BEFORE) if several else HEADER
+    rows = [[*_cells(row), *([" / ".join(map(number, row["before"]))] if several else [])] for row in found["rows"]]
+    lines = _aligned([header, ["-" * len(name) for name in header], *rows]) if rows else []
     said = [f"- {name}: {words}" for name, words in _notes(found)]
     machine = found["machine"]
     lines += [*([""] if said and lines else []), *said, "",
