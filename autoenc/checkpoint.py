@@ -58,12 +58,14 @@ def check_splats(path: str | os.PathLike, config: Config, dataset: Dataset) -> N
 
 
 def checkpoint_content(config: Config, shapes: Mapping[str, Any], model: Autoencoder, *, epoch: int,
-                       metrics: Mapping[str, float], **resume: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint of this state, copied to the CPU: training on does not change it. ``resume``: what going on from it
-    takes, of :data:`RESUME_KEYS`."""
+                       metrics: Mapping[str, float], copy: bool = True,
+                       **resume: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint of this state, copied to the CPU: training on does not change it. ``copy``: False leaves what is on
+    the CPU already as it is, for who writes it before anything is trained on. ``resume``: what going on from it takes,
+    of :data:`RESUME_KEYS`."""
     content = {"format": FORMAT, "config": config.nested(), "shapes": dict(shapes), "epoch": epoch,
                "metrics": dict(metrics), "model": dict(model.state_dict())}
-    return _copied(content | {key: dict(value) for key, value in resume.items()})
+    return _on_cpu(content | {key: dict(value) for key, value in resume.items()}, copy)
 
 
 def model_checkpoint(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,12 +73,12 @@ def model_checkpoint(content: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key not in RESUME_KEYS}
 
 
-def _copied(value: Any) -> Any:
+def _on_cpu(value: Any, copy: bool) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        return value.detach().to("cpu", copy=copy)
     if isinstance(value, Mapping):
-        return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value
+        return {key: _on_cpu(item, copy) for key, item in value.items()}
+    return [_on_cpu(item, copy) for item in value] if isinstance(value, list) else value
 
 
 def save_checkpoint(path: str | os.PathLike, content: Mapping[str, Any]) -> None:

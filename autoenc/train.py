@@ -60,8 +60,9 @@ class EpochResult:
     """wall time, evaluation included"""
     improved: bool
     """the monitored figure is the best so far"""
-    state: Callable[[], dict[str, Any]]
-    """makes a checkpoint of the state after this epoch; to be called before the next epoch is asked for"""
+    state: Callable[..., dict[str, Any]]
+    """makes a checkpoint of the state after this epoch; to be called before the next epoch is asked for, and with
+    ``copy=False`` to be written before that, too: nothing is copied then that is on the CPU already"""
     samples: np.ndarray | None
     """uint8 (height, width, 3): inputs above reconstructions above predicted classes; None except at sample epochs"""
     latents: np.ndarray | None
@@ -298,9 +299,9 @@ def _samples(run: _Run) -> tuple[np.ndarray, np.ndarray]:
     return sample(run.result.eval(), batch[run.model.takes], batch["images"], run.dataset.palette, run.autocast())
 
 
-def _state(run: _Run, epoch: int, metrics: Mapping[str, float]) -> dict[str, Any]:
+def _state(run: _Run, epoch: int, metrics: Mapping[str, float], copy: bool = True) -> dict[str, Any]:
     raw = {} if run.average is None else {"raw": run.model.state_dict()}
-    return checkpoint_content(run.config, data_shapes(run.dataset), run.result, epoch=epoch, metrics=metrics,
+    return checkpoint_content(run.config, data_shapes(run.dataset), run.result, epoch=epoch, metrics=metrics, copy=copy,
                               optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(), **raw)
 
 

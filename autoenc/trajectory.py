@@ -272,7 +272,7 @@ class Trajectory:
         """Train the first epochs once more for the weights of one of them; its rows stand already. Yields each row."""
         for result in self._again(config, dataset, device, epoch):
             if result.epoch == epoch:
-                state = result.state()
+                state = result.state(copy=False)
                 self._save_best(state) if epoch == _best_epoch(self.rows(), config) else self._save_weights(state)
             yield {"epoch": result.epoch, "seconds": result.seconds, **result.metrics}
 
@@ -338,7 +338,7 @@ class Trajectory:
     def _record(self, result: EpochResult, before: list[Row], best: int) -> Row:
         """Put an epoch on disk: the checkpoint first, so that a kill at any point loses nothing of it."""
         row: Row = {"epoch": result.epoch, "seconds": round(result.seconds, 4), **result.metrics}
-        state = result.state() | {"rows": [*before, row], "best": result.epoch if result.improved else best}
+        state = result.state(copy=False) | {"rows": [*before, row], "best": result.epoch if result.improved else best}
         self._save_latest(state)
         self.guard()
         append_row(self.folder / "metrics.csv", row)

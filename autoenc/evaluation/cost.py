@@ -42,7 +42,7 @@ def speed(model: Autoencoder, image_size: int, batch_sizes: tuple[int, ...]) -> 
     return found
 
 
-def encode_ms(model: Autoencoder, image_size: int, seconds: float = 0.3) -> float:
+def encode_ms(model: Autoencoder, image_size: int, seconds: float = 0.1) -> float:
     """Milliseconds to encode one image in float32, already on the device: the median of the runs that fit into
     ``seconds`` (at least a few, at most 200).
 
