@@ -8,12 +8,14 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -224,9 +226,12 @@ def until_one_is_stopped(rows, output) -> float:
     return 0.02
 
 
+AGENT = 52365                      # which every Ray's agent would like to have
+
+
 @pytest.fixture(scope="module")
 def cluster(ray_token):
-    """One for all: a process can start Ray with one token only."""
+    """One for all: a process can start Ray with one token only. Something else listens where its agent would."""
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)
@@ -237,8 +242,10 @@ def cluster(ray_token):
         patch.setenv("PYTHONPATH", os.pathsep.join([str(RUNNER.parent), str(Path(__file__).parent)]))
         patch.setattr(run_ray, "TrialWorker", simulated_worker(
             wobbling, seconds=until_one_is_stopped))
-        with ray_cluster.cluster(None, dashboard_host=None) as cluster:
-            yield cluster
+        with ExitStack() as stack:
+            with suppress(OSError):              # somebody does already
+                stack.enter_context(socket.create_server(("127.0.0.1", AGENT)))
+            yield stack.enter_context(ray_cluster.cluster(None, dashboard_host=None))
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -335,6 +342,15 @@ def test_workers_do_not_give_way_to_all_else_on_the_machine(cluster):
     from autoenc.sweep import ray_cluster
 
     assert ray_cluster.call(1, 0, niceness, seconds=60) == os.nice(0) < 15
+
+
+@pytest.mark.slow
+def test_beside_another_ray_the_dashboards_agent_listens_elsewhere(cluster):
+    import ray
+
+    port = ray._private.worker._global_node.dashboard_agent_listen_port
+    with socket.create_connection(("127.0.0.1", port), timeout=10):
+        assert port not in (0, AGENT)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partialmethod
 from typing import Any
 
 from autoenc.custom import for_workers
@@ -28,6 +29,7 @@ os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_H
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 import ray
+from ray._private import parameter
 from ray.autoscaler.sdk import request_resources
 from ray.tune.execution import class_cache
 
@@ -52,6 +54,7 @@ def cluster(address: str | None, dashboard_host: str | None = "127.0.0.1", slots
     if address is None:
         own = {"dashboard_host": dashboard_host} if dashboard_host else {"include_dashboard": False}
         _use_ready_workers()
+        _take_any_agent_port()
     leave_warnings_to_us()
     try:
         try:
@@ -81,6 +84,12 @@ def _use_ready_workers() -> None:
         os.environ |= class_cache.DEFAULT_ENV_VARS
         class_cache.DEFAULT_ENV_VARS.clear()
         class_cache.ENV_VARS_TO_PROPAGATE.clear()
+
+
+def _take_any_agent_port() -> None:
+    """Let the dashboard's agent listen wherever there is a port. It wants 52365 of the host: beside another Ray it
+    tries for four seconds, for which everything waits, and then does without. `ray.init` has no argument for it."""
+    parameter.RayParams.__init__ = partialmethod(parameter.RayParams.__init__, dashboard_agent_listen_port=0)
 
 
 def _why(error: Exception) -> str:
