@@ -376,7 +376,7 @@ class Runner:
             else:
                 address = doors.knock(address, insecure=insecure)
             # Only now: Ray reads how to authenticate when it is imported.
-            from autoenc.sweep import ray_cluster, run_ray
+            from autoenc.sweep import ray_cluster
 
             self.cluster = self.stack.enter_context(ray_cluster.cluster(
                 address, None if self.options.no_dashboard else self.options.dashboard_host, self.options.slots,
@@ -387,6 +387,8 @@ class Runner:
             except InputError as error:
                 raise InputError(f"{spec.path}: {error}") from None
         if not self.cluster.local:
+            from autoenc.sweep import run_ray
+
             with self.console.status("looking whether every node sees the output folder and the data …"):
                 run_ray.check_visible(self.cluster, [spec.resources for spec in self.specs], self.output,
                                       data_settings(self.specs))

@@ -78,6 +78,14 @@ def arrive(modules: Mapping[str, tuple[str, str, bytes]]) -> None:
         sys.meta_path.insert(0, _Arrived)
 
 
+class Caller:
+    """Calls functions in a process of its own, where what :func:`for_workers` gave has arrived."""
+
+    def call(self, modules: Mapping[str, tuple[str, str, bytes]], function: Callable[..., Any], *task: Any) -> Any:
+        arrive(modules)
+        return function(*task)
+
+
 class _Arrived:
     """Finds the modules that have arrived, before those on Python's path."""
 

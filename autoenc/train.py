@@ -7,6 +7,7 @@ uninterrupted one, bit for bit on a CPU with as many threads, and no random stat
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import sys
 import time
@@ -67,6 +68,17 @@ class EpochResult:
     """uint8 (height, width, 3): inputs above reconstructions above predicted classes; None except at sample epochs"""
     latents: np.ndarray | None
     """float32 (B, C, h, w): of the same images, as :func:`autoenc.samples.sample` gives them"""
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's, without what makes it load torch's compiler (800 modules, 1.4 s of processor time in every worker) only
+    to mark these methods as not to be compiled. Nothing is compiled here, and a model of one's own still may be."""
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 @dataclass
@@ -139,8 +151,8 @@ def _prepare(config: Config, dataset: Dataset, device: torch.device, resume: Map
     channels_last = config.data.image_size >= 64 if device.type == "cpu" else config.train.precision != "fp32"
     model = build_model(config, dataset).to(
         device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.train.learning_rate,
-                                  weight_decay=config.train.weight_decay, fused=True)
+    optimizer = AdamW(model.parameters(), lr=config.train.learning_rate, weight_decay=config.train.weight_decay,
+                      fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
     average = copy.deepcopy(model) if config.train.ema is not None else None
     if resume is not None:

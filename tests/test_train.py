@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import copy
 import math
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +20,7 @@ from autoenc.checkpoint import build_model, read_checkpoint, save_checkpoint
 from autoenc.data import prepare
 from autoenc.errors import InputError
 from autoenc.schedule import learning_rate
-from autoenc.train import Diverged, train
+from autoenc.train import AdamW, Diverged, train
 from autoenc.yamlfile import dump_yaml
 
 torch.set_num_threads(1)
@@ -65,6 +69,48 @@ def test_resuming_leaves_the_checkpoint_as_it_was():
     again = run({"train__epochs": 1})[0][1]
     run({"train__epochs": 2}, resume=first)
     assert same(first, again)
+
+
+def test_a_copy_stays_as_it_was_and_what_is_not_copied_is_written_alike(tmp_path):
+    steps = train(small_config(train__epochs=2, train__ema=0.5), small_dataset())
+    first = next(steps)
+    copied, bare = first.state(), first.state(copy=False)
+    save_checkpoint(tmp_path / "bare.pt", bare)
+    before = copy.deepcopy(copied)
+    next(steps)
+    assert same(copied, before) and same(read_checkpoint(tmp_path / "bare.pt"), before)
+    assert not same(bare["model"], before["model"])
+
+
+def test_the_optimizer_is_torchs():
+    """Also where it goes on from a state, and with gradients of nothing."""
+    states = []
+    for kind in (AdamW, torch.optim.AdamW):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Linear(4, 1))
+        optimizer = kind(model.parameters(), lr=0.1, weight_decay=0.2, fused=True)
+        for step in range(4):
+            if step == 2:
+                kept = copy.deepcopy(optimizer.state_dict())
+                optimizer = kind(model.parameters(), lr=0.7, fused=True)
+                optimizer.load_state_dict(kept)
+            optimizer.zero_grad()
+            (model if step else model[1])(torch.randn(6, 4 + bool(step))).square().sum().backward()
+            optimizer.step()
+        states.append([model.state_dict(), optimizer.state_dict()])
+    assert same(*states)
+
+
+def test_training_loads_no_compiler(tmp_path):
+    code = (f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+            "from pathlib import Path\nfrom helpers import small_config, small_dataset\n"
+            "from autoenc.finish import finish\nfrom autoenc.trajectory import Trajectory\n"
+            f"trajectory, config, data = Trajectory(Path({str(tmp_path)!r})), small_config(), small_dataset()\n"
+            "rows = list(trajectory.train(config, data, 'cpu'))\n"
+            "finish(trajectory, config, data, 'cpu', 2, ['latent/smoothness', 'encode_ms'])\n"
+            "print(len(rows), sorted({'torch', 'torch._dynamo', 'sympy'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "2 ['torch']", done.stdout + done.stderr
 
 
 def test_seeds():

@@ -1,4 +1,5 @@
-"""A Ray cluster: joined or started, what it has, calls on it. Only this, run_ray.py and worker.py import Ray."""
+"""A Ray cluster: joined or started, what it has, calls on it. Only this, run_ray.py and worker.py import Ray, this one
+without Tune."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,7 +15,7 @@ from contextlib import contextmanager, suppress
 from functools import partialmethod
 from typing import Any
 
-from autoenc.custom import for_workers
+from autoenc.custom import Caller, for_workers
 from autoenc.errors import InputError
 from autoenc.interrupts import leave_warnings_to_us, take_signals
 from autoenc.sweep.packing import Cluster, Node
@@ -31,10 +33,8 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 import ray
 from ray._private import parameter
 from ray.autoscaler.sdk import request_resources
-from ray.tune.execution import class_cache
 
-from autoenc.sweep.worker import Caller
-
+FOR_TRIALS = {"PL_DISABLE_FORK": "1"}       # the variables that Tune gives every trial
 GROWTH_SECONDS = 900.0          # for a cluster that grows on demand to bring its first node
 
 
@@ -53,9 +53,12 @@ def cluster(address: str | None, dashboard_host: str | None = "127.0.0.1", slots
     own = {}
     if address is None:
         own = {"dashboard_host": dashboard_host} if dashboard_host else {"include_dashboard": False}
-        _use_ready_workers()
+        os.environ |= FOR_TRIALS
         _take_any_agent_port()
     leave_warnings_to_us()
+    # Tune takes a second to load, and Ray seconds to start, in which this process waits.
+    loading = threading.Thread(target=_load_tune, args=(address is None,))
+    loading.start()
     try:
         try:
             with quiet():
@@ -66,6 +69,7 @@ def cluster(address: str | None, dashboard_host: str | None = "127.0.0.1", slots
             raise InputError(f"--address {address}: cannot join: {why}" if address else
                              f"a local Ray cannot be started: {why}") from None
         finally:
+            loading.join()
             take_signals()           # ray.init takes SIGTERM for itself
         total = ray.cluster_resources() if first is None else grown(first)
         url = context.dashboard_url
@@ -76,14 +80,18 @@ def cluster(address: str | None, dashboard_host: str | None = "127.0.0.1", slots
             ray.shutdown()           # also of a cluster that was joined in part: at its end Tune would ask it for keys
 
 
-def _use_ready_workers() -> None:
-    """Have Tune's trials run in the processes that Ray keeps ready. Tune gives its trials environment variables, by
-    which Ray takes them to need processes of their own, whose start takes a second. Here every process inherits them
-    from this one; not so on nodes that were there before."""
-    with suppress(AttributeError):              # another version of Ray: as it always was
-        os.environ |= class_cache.DEFAULT_ENV_VARS
-        class_cache.DEFAULT_ENV_VARS.clear()
-        class_cache.ENV_VARS_TO_PROPAGATE.clear()
+def _load_tune(ready_workers: bool) -> None:
+    """``ready_workers``: have Tune's trials run in the processes that Ray keeps ready. Tune gives its trials
+    environment variables, by which Ray takes them to need processes of their own, whose start takes a second. Here
+    every process inherits them from this one; not so on nodes that were there before."""
+    with suppress(ImportError, AttributeError):              # another version of Ray: as it always was
+        from ray.tune.execution import class_cache
+
+        from autoenc.sweep import run_ray  # noqa: F401
+
+        if ready_workers and FOR_TRIALS.items() >= class_cache.DEFAULT_ENV_VARS.items():
+            class_cache.DEFAULT_ENV_VARS.clear()
+            class_cache.ENV_VARS_TO_PROPAGATE.clear()
 
 
 def _take_any_agent_port() -> None:
