@@ -22,9 +22,10 @@ def epochs(options: Options) -> Iterator[Round]:
     """Epochs that phases 1.1 to 1.4 train for the arms' first seeds, over the 130 that are trained without early
     stopping and store (13 arms of 10 epochs); round k has data seed 42 + k.
 
-    One command runs the four phases as shipped, on the images of ``--manifest`` at ``--image-size`` px, from an empty
-    store. What an arm takes over from a phase before counts as nothing, as the source's own runs would have trained it
-    again. Repeats of finalists (further seeds), which the source does not have, are reported apart.
+    One command runs the four phases as shipped, on the images of ``--manifest`` (``--limit`` of them) at
+    ``--image-size`` px, from an empty store. What an arm takes over from a phase before counts as nothing, as the
+    source's own runs would have trained it again. Repeats of finalists (further seeds), which the source does not have,
+    are reported apart.
 
     Then the same phases without early stopping, over a copy of the store (epochs that are there are the ones that
     would be trained: the same seed on the same machine is the same to the last bit): ``winners as with full training``.
@@ -44,7 +45,7 @@ def epochs(options: Options) -> Iterator[Round]:
             winners = [(winner(stopped, phase), winner(full, phase)) for phase in PHASES]
             same = sum(ours == theirs for ours, theirs in winners)
             yield Round({"epochs": (first, ARMS * (3 if options.quick else EPOCHS)), "winners": (same, len(PHASES))}, {
-                "epochs of repeats": repeats,
+                "px": options.image_size, "images": options.limit or "all", "epochs of repeats": repeats,
                 "winners": ", ".join(ours if ours == theirs else f"{ours} (full training: {theirs})"
                                      for ours, theirs in winners)})
 
@@ -54,7 +55,7 @@ def given(options: Options, seed: int) -> list[str]:
     settings: dict[str, Any] = {
         "data.source": "manifest", "data.manifest": options.manifest.absolute(),
         "data.palette": options.palette.absolute(), "data.image_size": options.image_size,
-        "data.limit": 60 if options.quick else "null", "data.seed": seed}
+        "data.limit": 60 if options.quick else options.limit or "null", "data.seed": seed}
     if options.quick:
         settings["train.epochs"] = 3
     return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]

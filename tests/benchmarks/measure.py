@@ -50,6 +50,7 @@ class Options:
     manifest: Path | None = None                 # of the epochs benchmark
     palette: Path | None = None
     image_size: int = 64
+    limit: int | None = None
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--manifest", type=Path, help="images for the benchmark epochs")
     parser.add_argument("--palette", type=Path, help="their classes")
     parser.add_argument("--image-size", type=int, default=64, help="px that they are trained at (default: 64)")
+    parser.add_argument("--limit", type=int, help="so many of them, by hash (default: all)")
     options = parser.parse_args(arguments)
     for name in options.names:
         if name not in BENCHMARKS:
@@ -84,7 +85,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run what is asked for, one after another; the content of the JSON file."""
-    asked = Options(options.quick, options.manifest, options.palette, options.image_size)
+    asked = Options(options.quick, options.manifest, options.palette, options.image_size, options.limit)
     found: dict[str, Any] = {"machine": machine(), "quick": options.quick, "rows": [], "benchmarks": {}}
     for benchmark in [BENCHMARKS[name] for name in dict.fromkeys(options.names)] or BENCHMARKS.values():
         print(f"{benchmark.name} …", file=sys.stderr, flush=True)
