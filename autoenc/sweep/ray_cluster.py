@@ -21,10 +21,9 @@ from autoenc.interrupts import leave_warnings_to_us, take_signals
 from autoenc.sweep.packing import Cluster, Node
 from autoenc.sweep.parts import Resources
 
-# Before ray is imported: Tune's own files, its own signal handler and its chatter are not wanted. A worker that has not
-# ended 11 s after it was told to is killed; with 10 or less Tune would wait for it, and nothing else would go on.
+# Before ray is imported: Tune's own files, its own signal handler and its chatter are not wanted.
 os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1",
-               "TUNE_FORCE_TRIAL_CLEANUP_S": "11", "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000000",
+               "TUNE_FORCE_TRIAL_CLEANUP_S": "3", "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000000",
                "RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
                "TUNE_RESULT_BUFFER_LENGTH": "1", "RAY_AIR_NEW_OUTPUT": "0"}
 # Ray starts workers at niceness 15: whatever else is busy on the machine would leave them, and their GPU, a thirtieth
