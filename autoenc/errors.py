@@ -28,9 +28,10 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     return f" (known: {', '.join(known)})" if 0 < len(known) <= 30 else ""
 
 
-def command(main: Callable[[list[str]], int]) -> None:
+def command(main: Callable[[list[str]], int], interrupted: str = "") -> None:
     """Run a command's ``main(arguments)`` and end the process with the exit codes all commands share:
-    2 for wrong input, told in one message without a traceback; 130 when interrupted."""
+    2 for wrong input, told in one message without a traceback; 130 when interrupted. ``interrupted``: what is to be
+    said then of a command that does not go on where it was."""
     take_signals()
     try:
         code = main(sys.argv[1:])
@@ -41,8 +42,8 @@ def command(main: Callable[[list[str]], int]) -> None:
     except KeyboardInterrupt:
         reason = interrupted_by()
         with suppress(OSError):             # the terminal may be what went
-            print(f"interrupted{f' ({reason})' if reason else ''}: what was done is kept; go on with the same command: "
-                  f"{shlex.join(sys.orig_argv)}", file=sys.stderr, flush=True)
+            kept = interrupted or f"what was done is kept; go on with the same command: {shlex.join(sys.orig_argv)}"
+            print(f"interrupted{f' ({reason})' if reason else ''}: {kept}", file=sys.stderr, flush=True)
         code = 130
     except BrokenPipeError:
         code = _reader_left()

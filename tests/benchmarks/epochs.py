@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from commands import rows_of
 from measure import Options, Round, Skip
 from place import REPOSITORY, RUNNER, Place, place
 
@@ -30,16 +30,21 @@ def epochs(options: Options) -> Iterator[Round]:
     Then the same phases without early stopping, over a copy of the store (epochs that are there are the ones that
     would be trained: the same seed on the same machine is the same to the last bit): ``winners as with full training``.
     It counts as reached only where every winner is the same in all rounds.
+
+    With ``--folder`` the stores stay there: interrupted, it goes on with what they hold.
     """
     if options.manifest is None or options.palette is None:
         raise Skip("--manifest and --palette name no images and classes; it takes hours on a CPU")
-    with place() as here:
-        for number in count():
-            stopped, full = here.new(f"stopped_{number}"), here.new(f"full_{number}")
-            settings = given(options, 42 + number)
+    with place(options.folder) as here:
+        for seed in count(42):
+            name = f"{options.image_size}px_{options.limit or 'all'}_{seed}"
+            stopped, full = here.folder / f"stopped_{name}", here.folder / f"full_{name}"
+            settings = given(options, seed)
             chain(here, stopped, *settings)
-            full.rmdir()
-            shutil.copytree(stopped, full, symlinks=True)
+            if not full.exists():
+                half = here.new("half_copied")
+                shutil.copytree(stopped, half, symlinks=True, dirs_exist_ok=True)
+                half.rename(full)
             chain(here, full, *settings, "--preset", "full_training")
             first, repeats = trained(stopped)
             winners = [(winner(stopped, phase), winner(full, phase)) for phase in PHASES]
@@ -64,25 +69,18 @@ def given(options: Options, seed: int) -> list[str]:
 def chain(here: Place, output: Path, *arguments: str) -> None:
     """Run the phases as they are shipped, with a preset beside them that turns early stopping off."""
     sweeps = here.folder / "sweeps"
-    if not sweeps.exists():
-        shutil.copytree(REPOSITORY / "sweeps", sweeps)
-        (sweeps / "presets" / "full_training.yaml").write_text("description: every arm to its end\nasha: false\n")
+    shutil.copytree(REPOSITORY / "sweeps", sweeps, dirs_exist_ok=True)
+    (sweeps / "presets" / "full_training.yaml").write_text("description: every arm to its end\nasha: false\n")
     here.run(RUNNER, sweeps / f"{PHASES[-1]}.yaml", "--output", output, *arguments, limit=24 * 3600)
 
 
 def trained(output: Path) -> tuple[int, int]:
-    """Epochs trained for first seeds, and for repeats, of all sweeps."""
-    first = repeats = 0
-    for table in output.glob("phase1_*/trials.csv"):
-        with table.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        least = min(int(row["seed"]) for row in rows)
-        for row in rows:
-            if int(row["seed"]) == least:
-                first += int(row["epochs_trained"])
-            else:
-                repeats += int(row["epochs_trained"])
-    return first, repeats
+    """Epochs trained for first seeds, and for repeats, of all sweeps: what the store holds."""
+    tables = {table: yaml.safe_load((table.parent / "config.yaml").read_text())["config"]["train"]["seed"]
+              for table in output.glob("store/*/metrics.csv")}
+    epochs = {table: len(rows_of(table)) for table in tables}
+    first = sum(epochs[table] for table, seed in tables.items() if seed == min(tables.values()))
+    return first, sum(epochs.values()) - first
 
 
 def winner(output: Path, phase: str) -> str:

@@ -51,6 +51,7 @@ class Options:
     palette: Path | None = None
     image_size: int = 64
     limit: int | None = None
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -79,9 +79,11 @@ class Place:
 
 
 @contextmanager
-def place() -> Iterator[Place]:
-    """A place, removed afterwards with every process that still runs in it."""
-    folder = Path(tempfile.mkdtemp(prefix="autoenc-benchmark-")).resolve()
+def place(kept: Path | None = None) -> Iterator[Place]:
+    """A place, removed afterwards with every process that still runs in it; ``kept``: a folder that stays."""
+    if kept:
+        kept.mkdir(exist_ok=True)
+    folder = (kept or Path(tempfile.mkdtemp(prefix="autoenc-benchmark-"))).resolve()
     ray = Path(tempfile.mkdtemp(prefix="ab", dir="/tmp"))             # its sockets' paths may not be long
     try:
         yield Place(folder, ray)
@@ -89,7 +91,8 @@ def place() -> Iterator[Place]:
         for pid in processes_in(folder):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(folder, ignore_errors=True)
+        if not kept:
+            shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(ray, ignore_errors=True)
 
 

@@ -18,6 +18,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from datetime import datetime, timezone
 from importlib import import_module
@@ -66,6 +67,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--palette", type=Path, help="their classes")
     parser.add_argument("--image-size", type=int, default=64, help="px that they are trained at (default: 64)")
     parser.add_argument("--limit", type=int, help="so many of them, by hash (default: all)")
+    parser.add_argument("--folder", type=Path, help="keep what epochs trains here, and go on with what is there")
     options = parser.parse_args(arguments)
     for name in options.names:
         if name not in BENCHMARKS:
@@ -77,7 +79,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for path in filter(None, (options.manifest, options.palette)):
         if not path.is_file():
             raise InputError(f"{path}: no such file")
-    for file in filter(None, (options.json, options.write)):       # hours later it would be too late
+    for file in filter(None, (options.json, options.write, options.folder)):       # hours later it would be too late
         if not Path(file).absolute().parent.is_dir():
             raise InputError(f"{file}: there is no folder {Path(file).absolute().parent}")
     return options
@@ -85,22 +87,36 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run what is asked for, one after another; the content of the JSON file."""
-    asked = Options(options.quick, options.manifest, options.palette, options.image_size, options.limit)
+    asked = Options(options.quick, options.manifest, options.palette, options.image_size, options.limit,
+                    options.folder)
     found: dict[str, Any] = {"machine": machine(), "quick": options.quick, "rows": [], "benchmarks": {}}
     for benchmark in [BENCHMARKS[name] for name in dict.fromkeys(options.names)] or BENCHMARKS.values():
         print(f"{benchmark.name} …", file=sys.stderr, flush=True)
-        rows, found["benchmarks"][benchmark.name] = one(benchmark, asked, options.repeats or benchmark.repeats)
-        found["rows"] += rows
-        if options.json:                         # a later one may be interrupted
-            Path(options.json).write_text(json.dumps(found, indent=1), encoding="utf-8")
+        before = found["rows"]
+        for rows, how in one(benchmark, asked, options.repeats or benchmark.repeats):
+            found["rows"], found["benchmarks"][benchmark.name] = before + rows, how
+            if options.json:                     # a later round may be interrupted
+                Path(options.json).write_text(json.dumps(found, indent=1), encoding="utf-8")
     return found
 
 
-def one(benchmark: Benchmark, asked: Options, repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The rows of a benchmark, and how it was run."""
+def one(benchmark: Benchmark, asked: Options, repeats: int) -> Iterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
+    """The rows of a benchmark, and how it was run: after every round, and at its end."""
     quiet = 0.2 if asked.quick else 3.0
     load, began, rounds = busy_cores(quiet), time.monotonic(), []
     skipped = failed = None
+
+    def so_far() -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        notes: dict[str, list[Any]] = {}
+        for done in rounds:
+            for key, value in done.notes.items():
+                notes.setdefault(key, []).append(value)
+        rows = [{"benchmark": benchmark.name, **summary(row, [done.pairs[key] for done in rounds])}
+                for key, row in benchmark.rows.items()] if rounds else []
+        return rows, {"rounds": len(rounds), "seconds": time.monotonic() - began, "load": load, "skipped": skipped,
+                      "failed": failed, "notes": notes,
+                      "loaded": benchmark.clocked and load > LOADED * (os.cpu_count() or 1)}
+
     function = getattr(import_module(benchmark.module), benchmark.function)
     try:
         with closing(function(asked)) as steps:
@@ -109,23 +125,15 @@ def one(benchmark: Benchmark, asked: Options, repeats: int) -> tuple[list[dict[s
                 print(f"  {len(rounds)} of {repeats}: " + ", ".join(
                     f"{row.what} {row.of(*done.pairs[key]):.3g}" for key, row in benchmark.rows.items()),
                     file=sys.stderr, flush=True)
+                yield so_far()
     except Skip as reason:
         skipped = str(reason)
         print(f"  not run: {skipped}", file=sys.stderr)
     except RuntimeError as error:                # the others are measured all the same
         failed = (str(error).splitlines() or ["?"])[0]
         print(f"  failed: {error}", file=sys.stderr)
-    seconds = time.monotonic() - began
     load = max(load, busy_cores(quiet))          # what others did before and after it
-    rows = [{"benchmark": benchmark.name, **summary(row, [done.pairs[key] for done in rounds])}
-            for key, row in benchmark.rows.items()] if rounds else []
-    notes: dict[str, list[Any]] = {}
-    for done in rounds:
-        for key, value in done.notes.items():
-            notes.setdefault(key, []).append(value)
-    return rows, {"rounds": len(rounds), "seconds": seconds, "load": load, "skipped": skipped,
-                  "failed": failed, "notes": notes,
-                  "loaded": benchmark.clocked and load > LOADED * (os.cpu_count() or 1)}
+    yield so_far()
 
 
 def machine() -> dict[str, Any]:
@@ -179,4 +187,4 @@ def joined(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, "the rounds that were complete are in the file of --json, if one was named")
