@@ -133,6 +133,10 @@ def test_slots_are_busy_between_the_first_reports_and_the_last_start():
     assert busy(epochs, 2) == ((4 - 2) + (6 - 2) + (7 - 5), 2 * 5)
     with pytest.raises(RuntimeError, match="leave no time"):
         busy(epochs[:4], 2)
+    # Of the workers x and y, the second comes later than two trials of the first: [4, 7].
+    late = [Epoch("A", 0, 1, "x"), Epoch("B", 1, 3, "x"), Epoch("C", 3, 6, "x"), Epoch("D", 2, 4, "y"),
+            Epoch("E", 7, 8, "y")]
+    assert busy(late, 2) == (6 - 4, 2 * 3)
 
 
 @given(st.integers(0, 500_000), st.floats(0, 1e4), st.integers(12, 60))

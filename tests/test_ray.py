@@ -26,6 +26,7 @@ from racing import KNOB, Lab, decision_of, key_of, levels, put, row_of, states
 from workers import simulated_worker
 
 from autoenc import load_config, load_model
+from autoenc.files import append_line
 from autoenc.sweep import doors
 from autoenc.sweep.store import Store
 
@@ -335,6 +336,34 @@ def paused(folder: Path, cluster) -> None:
 
 def niceness(*_) -> int:
     return os.nice(0)
+
+
+@pytest.mark.slow
+def test_workers_that_are_slow_to_start_are_waited_for(tmp_path, cluster, monkeypatch):
+    """The first is there at once, and through with several trials before any other is."""
+    from autoenc.sweep import run_ray
+
+    class Slow(run_ray.TrialWorker):
+        def setup(self, config):
+            starts = not hasattr(self, "settings")
+            super().setup(config)
+            if starts:
+                append_line(self.output / "started", f"{os.getpid()}\n")
+                time.sleep(3.0 if (self.output / "started").read_text().count("\n") > 1 else 0.0)
+
+        def step(self):
+            append_line(self.output / "trained", f"{os.getpid()}\n")
+            time.sleep(0.1)
+            return super().step()
+
+    monkeypatch.setattr(run_ray, "TrialWorker", Slow)
+    lab = Lab(tmp_path, levels, arms={f"A{k}": {KNOB: 0.1 + 0.01 * k} for k in range(12)}, asha=False)
+    race = lab.race()
+    *_, slots = run_ray.share(race, cluster)
+    run_ray.run(race, cluster, folder=lab.folder.path, output=tmp_path)
+    assert race.done and {state for state, _ in states(race).values()} == {"completed"}
+    started, trained = ((tmp_path / name).read_text().split() for name in ("started", "trained"))
+    assert len(started) == slots and set(started) == set(trained)
 
 
 @pytest.mark.slow

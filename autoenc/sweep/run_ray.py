@@ -231,6 +231,11 @@ class _Schedule(FIFOScheduler):
             ends = self.driver.take(self.driver.runs[trial.trial_id], result)
         return TrialScheduler.STOP if ends else TrialScheduler.CONTINUE
 
+    def choose_trial_to_run(self, tune_controller: Any) -> None:
+        """None: Tune starts all that wait, a new trial in a worker that is free. A trial that is named here gets that
+        worker even while one is being started for it, which Tune then ends: where to start all takes longer than a
+        trial (many slots, a slow file system), most workers would never train."""
+
 
 class _Restarts(tune.Callback):
     """Tells of workers that died. One whose node is gone is given back without counting against its trial."""

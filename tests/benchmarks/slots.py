@@ -33,6 +33,11 @@ class Epoch:
     trial: str
     began: float
     ended: float
+    worker: str = ""             # where it is known; else the first trials count as those of different slots
+
+    @property
+    def slot(self) -> str:
+        return self.worker or self.trial
 
 
 def busy(epochs: Sequence[Epoch], slots: int) -> tuple[float, float]:
@@ -42,7 +47,7 @@ def busy(epochs: Sequence[Epoch], slots: int) -> tuple[float, float]:
     reported: dict[str, float] = {}
     for epoch in epochs:
         begun[epoch.trial] = min(begun.get(epoch.trial, math.inf), epoch.began)
-        reported[epoch.trial] = min(reported.get(epoch.trial, math.inf), epoch.ended)
+        reported[epoch.slot] = min(reported.get(epoch.slot, math.inf), epoch.ended)
     start, end = sorted(reported.values())[slots - 1] if len(reported) >= slots else math.inf, max(begun.values())
     if end <= start:
         raise RuntimeError(f"{len(begun)} trials on {slots} slots leave no time in which all of them have work")
@@ -124,7 +129,8 @@ def many_slots(options: Options) -> Iterator[Round]:
 
     The product's own driver runs them: race, scheduler, searcher, callbacks, table and events. Only what a worker does
     in an epoch is put in its place: it sleeps, and imports no torch, so that 64 of them fit one machine. What is
-    measured is whether one driver keeps up with 32 results a second.
+    measured is whether one driver keeps up with 32 results a second. To start 64 workers takes two cores longer than a
+    trial: the window begins when the last of them has reported.
     """
     nodes, slots, trials, epochs, seconds = (2, 2, 8, 2, 0.5) if options.quick else (4, 16, 256, 10, 2.0)
     with place() as here:
@@ -134,7 +140,7 @@ def many_slots(options: Options) -> Iterator[Round]:
                 "output": str(output), "nodes": nodes, "slots": slots, "trials": trials, "epochs": epochs,
                 "seconds": seconds}))
             lines = [line.split() for path in (output / "slept").iterdir() for line in path.read_text().splitlines()]
-            found = [Epoch(trial, float(began), float(end)) for trial, began, end in lines]
+            found = [Epoch(trial, float(began), float(end), worker) for trial, worker, began, end in lines]
             if len(found) != trials * epochs:
                 raise RuntimeError(f"{len(found)} epochs were slept, {trials * epochs} should have been")
             yield Round({"many slots": busy(found, nodes * slots)})

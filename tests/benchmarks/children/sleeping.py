@@ -43,7 +43,7 @@ def slept(task: Task) -> Iterator[dict]:
         began = time.time()
         time.sleep(SECONDS * draw.uniform(0.8, 1.2))
         with Path(task.output, "slept", task.key).open("a") as log:
-            log.write(f"{task.key} {began} {time.time()}\n")
+            log.write(f"{task.key} {os.getpid()} {began} {time.time()}\n")
         row = {"epoch": epoch, "seconds": time.time() - began, "val/mse": draw.uniform(0.01, 0.02)}
         append_row(trajectory.folder / "metrics.csv", row)
         yield {"epoch": epoch, "row": row}
