@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,3 +39,13 @@ def module(tmp_path, monkeypatch) -> Callable[..., str]:
         return name
 
     return write
+
+
+@pytest.fixture
+def lab(tmp_path) -> Callable[..., Any]:
+    """A sweep of simulated arms by their levels, ``lab({"A": 0.1, …}, curve, **content)``; without: five."""
+    from racing import LEVELS, Lab, arms, levels
+
+    def make(values: dict[str, float] = LEVELS, curve: Any = levels, **content: Any) -> Lab:
+        return Lab(tmp_path, curve, **({"arms": arms(values)} if values else {}), **content)
+    return make

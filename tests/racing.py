@@ -137,3 +137,28 @@ def decision_of(race: Race) -> dict[str, Any]:
 def states(race: Race) -> dict[str, tuple[str, int]]:
     """Trial -> how it ended, with how many epochs."""
     return {trial.name: (trial.run.state, len(trial.run.rows)) for trial in race.trials}
+
+
+# Sweeps that several files run ----------------------------------------------------------------------------------------
+
+LEVELS = {"A": 0.1, "B": 0.101, "C": 0.2, "D": 0.3, "E": 0.104}
+
+
+def arms(values: dict[str, float]) -> dict[str, dict[str, float]]:
+    return {name: {KNOB: value} for name, value in values.items()}
+
+
+def wobbling(amplitude: float, seed: int) -> Curve:
+    """Curves whose order changes on the way, by no more than the amplitude allows."""
+    def curve(config):
+        draw = random.Random(f"{seed} {config.train.weight_decay}")
+        return [value * (1 + draw.uniform(-amplitude, amplitude)) for value in levels(config)]
+    return curve
+
+
+def failing(bad: dict[float, tuple[int, str]], curve=levels):
+    """Curves some of which end in a failure after so many epochs."""
+    def made(config):
+        epoch, what = bad.get(config.train.weight_decay, (99, ""))
+        return [*curve(config)[:epoch], what] if epoch < 8 else curve(config)
+    return made

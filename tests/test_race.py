@@ -1,3 +1,5 @@
+"""Which trials a race stops, continues and repeats, and what it reads of them."""
+
 from __future__ import annotations
 
 import json
@@ -9,34 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from racing import KNOB, Killed, Lab, decision_of, key_of, levels, put, row_of, states
+from racing import LEVELS, Lab, arms, decision_of, failing, levels, states, wobbling
 
 from autoenc.config import Config
 from autoenc.sweep.asha import excess
-
-LEVELS = {"A": 0.1, "B": 0.101, "C": 0.2, "D": 0.3, "E": 0.104}
-
-
-def arms(values: dict[str, float]) -> dict[str, dict[str, float]]:
-    return {name: {KNOB: value} for name, value in values.items()}
-
-
-def wobbling(amplitude: float, seed: int):
-    """Curves whose order changes on the way, by no more than the amplitude allows."""
-    def curve(config):
-        draw = random.Random(f"{seed} {config.train.weight_decay}")
-        return [value * (1 + draw.uniform(-amplitude, amplitude)) for value in levels(config)]
-    return curve
-
-
-@pytest.fixture
-def lab(tmp_path):
-    def make(values=LEVELS, curve=levels, **content) -> Lab:
-        return Lab(tmp_path, curve, **({"arms": arms(values)} if values else {}), **content)
-    return make
-
 
 # Which trials are stopped ---------------------------------------------------------------------------------------------
 
@@ -168,14 +148,6 @@ def test_a_run_that_ended_by_itself_at_a_rung_is_a_measure_there(lab, replayed):
 
 # Failures -------------------------------------------------------------------------------------------------------------
 
-def failing(bad: dict[float, tuple[int, str]], curve=levels):
-    """Curves some of which end in a failure after so many epochs."""
-    def made(config):
-        epoch, what = bad.get(config.train.weight_decay, (99, ""))
-        return [*curve(config)[:epoch], what] if epoch < 8 else curve(config)
-    return made
-
-
 @pytest.mark.parametrize("what", ["diverged", "failed"])
 def test_what_was_beaten_only_by_a_failure_is_continued(lab, what):
     here = lab({"A": 0.1, "C": 0.2, "D": 0.5}, failing({0.1: (6, what)}))
@@ -228,94 +200,6 @@ def test_failures_are_tried_again_and_divergences_are_not(lab):
     assert states(race) == {"A_seed42": ("diverged", 3), "B_seed42": ("completed", 8)}
     assert race.trials[1].run.trained == 3 and race.trials[0].run.note.startswith("diverged at epoch 4, step 1: loss")
     assert len(here.events("diverged")) == 1
-
-
-# The store ------------------------------------------------------------------------------------------------------------
-
-def test_what_the_store_holds_is_not_trained(lab):
-    here = lab()
-    first = here.run(slots=2)
-    trained = dict(here.trained)
-    count = len(here.folder.events())
-    again = here.race()
-    assert again.idle and states(again) == states(first) and decision_of(again) == decision_of(first)
-    assert here.run().done and here.trained == trained and len(here.folder.events()) == count
-
-
-def test_a_stopped_trial_stays_so_when_another_sweep_trains_it_on(lab):
-    here = lab()
-    first = here.run()
-    here.store_epochs("C", 8)
-    assert states(here.race()) == states(first) and states(first)["C_seed42"][0] == "stopped"
-
-
-def test_only_a_changed_arm_is_trained(lab):
-    here = lab()
-    here.run(slots=2)
-    before = dict(here.trained)
-    there = lab({**LEVELS, "B": 0.103})
-    race = there.run(slots=2)
-    changed = key_of(there.arms[1].config)
-    assert there.trained == {changed: 8} and changed not in before
-    assert {trial.name: trial.run.trained for trial in race.trials} == {
-        "A_seed42": 0, "B_seed42": 8, "C_seed42": 0, "D_seed42": 0, "E_seed42": 0}
-
-
-def test_a_stop_falls_with_the_arm_that_made_it(lab):
-    here = lab({"A": 0.1, "C": 0.2})
-    here.run()
-    there = lab({"C": 0.2})
-    race = there.run()
-    assert states(race) == {"C_seed42": ("completed", 8)} and sum(there.trained.values()) == 7
-    assert lab({"C": 0.2, "A": 0.1}).race().trials[0].run.state == "completed"
-
-
-@pytest.mark.parametrize("change", [{"asha": {"margin": 2.0}}, {"asha": {"grace_epochs": 3}}, {"asha": False},
-                                    {"decision": {"within": 2.0}}, {"decision": {"baseline": {"arm": "C"}}}])
-def test_a_stop_that_the_sweep_would_no_longer_make_is_undone(lab, change):
-    lab({"A": 0.1, "C": 0.2}).run()
-    assert states(lab({"A": 0.1, "C": 0.2}, **change).run())["C_seed42"][1] > 1
-
-
-def test_rows_beyond_the_budget_are_not_looked_at(lab):
-    """B is the better one only after the budget."""
-    sweep = {"A": 0.1999, "B": 0.01}
-    here = lab(sweep, lambda config: [0.2 if config.train.weight_decay > 0.1 else 0.201] * 8 + [0.01] * 8)
-    for arm in sweep:
-        here.store_epochs(arm, 16)
-    race = here.race()
-    assert race.idle and decision_of(race)["winner"] == "A"
-    assert set(states(race).values()) == {("completed", 8)} and [run.stored for run in race.runs.values()] == [8, 8]
-
-
-def test_a_divergence_after_the_budget_is_none(lab):
-    here = lab({"A": 0.1})
-    here.store_epochs("A", 8, diverged={"epoch": 9, "step": 3, "what": "loss"})
-    assert states(here.race()) == {"A_seed42": ("completed", 8)}
-
-
-def test_twins_share_one_run(lab):
-    """A KL weight does nothing without a variational model."""
-    here = lab(None, arms={"A": {KNOB: 0.1}, "B": {KNOB: 0.1, "loss.kl": 0.5}, "C": {KNOB: 0.1001}})
-    race = here.run(slots=3)
-    assert len(race.runs) == 2 and race.trials[0].run is race.trials[1].run
-    assert sum(here.trained.values()) == 16
-    assert {row["arm"]: row["verdict"] for row in decision_of(race)["candidates"]}["A"] == "winner"
-
-
-def test_a_twin_of_the_baseline_is_protected_too(lab):
-    here = lab(None, arms={"A": {KNOB: 0.1}, "B": {KNOB: 0.4, "loss.kl": 0.5}, "C": {KNOB: 0.4}},
-               decision={"baseline": {"arm": "C"}})
-    assert set(states(here.run()).values()) == {("completed", 8)}
-
-
-def test_arms_that_differ_in_their_end_are_told_apart(lab):
-    """They share the trajectory; what one has trained the other takes over."""
-    here = lab(None, arms={"A": {KNOB: 0.1}, "B": {KNOB: 0.1, "train.epochs": 12}}, asha=False)
-    race = here.run()
-    assert states(race) == {"A_seed42": ("completed", 8), "B_seed42": ("completed", 12)}
-    assert here.trained == {race.trials[0].run.key: 12} and race.trials[1].run.key == race.trials[0].run.key
-    assert all(race.runs[race.key_of(arm.config)] for arm in here.arms)
 
 
 # Repeats --------------------------------------------------------------------------------------------------------------
@@ -382,178 +266,6 @@ def test_a_sole_finalist_is_not_repeated(lab):
     assert len(lab({"A": 0.1, "C": 0.2}, decision={"repeats": 3, "baseline": {"arm": "A"}}).run().trials) == 2
     both = lab({"A": 0.1, "C": 0.2}, decision={"repeats": 3, "baseline": {"arm": "C"}}).run()
     assert len(both.trials) == 6
-
-
-# Kills ----------------------------------------------------------------------------------------------------------------
-
-SWEEPS = [
-    ({"arms": arms({"D": 0.3, "A": 0.1, "B": 0.101, "C": 0.2, "E": 0.104}), "asha": {"margin": 0.05}}, {}),
-    ({"arms": arms({"D": 0.3, "A": 0.1, "C": 0.2, "E": 0.104}), "decision": {"repeats": 2}}, {0.1: (5, "diverged")}),
-    ({"arms": arms({"C": 0.2, "A": 0.1}), "space": {KNOB: {"type": "float", "low": 0.09, "high": 0.5}},
-      "search": {"algorithm": "random", "trials": 7}}, {}),
-    ({"arms": arms({"C": 0.2}), "space": {KNOB: {"type": "float", "low": 0.09, "high": 0.5}},
-      "search": {"algorithm": "tpe", "trials": 4}}, {}),
-]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """Each sweep as it goes when nothing happens to it, with one slot, so that there is one order of things."""
-    labs = []
-    for content, bad in SWEEPS:
-        lab = Lab(tmp_path_factory.mktemp("whole"), failing(bad, wobbling(0.01, 1)), **content)
-        labs.append((lab, lab.run()))
-    return labs
-
-
-@settings(max_examples=40, deadline=None)
-@given(which=st.integers(0, len(SWEEPS) - 1), kills=st.lists(st.integers(0, 40), min_size=1, max_size=4))
-@example(which=1, kills=[14])
-def test_killed_and_continued_is_the_same_as_uninterrupted(uninterrupted, which, kills):
-    """After any events and stored epochs, several times."""
-    reference, wanted = uninterrupted[which]
-    with tempfile.TemporaryDirectory() as folder:
-        lab = Lab(Path(folder), reference.curve, **SWEEPS[which][0])
-        for kill in kills:
-            try:
-                lab.run(kill_in=kill)
-            except Killed:
-                continue
-        race = lab.run()
-        assert states(race) == states(wanted)
-        assert lab.stops() == reference.stops()
-        assert json.dumps(decision_of(race)) == json.dumps(decision_of(wanted))
-        assert lab.trained == reference.trained
-
-
-@settings(max_examples=25, deadline=None)
-@given(kills=st.lists(st.integers(0, 60), min_size=1, max_size=4), slots=st.integers(2, 4), seed=st.integers(0, 99))
-def test_killed_with_several_slots_stops_are_honoured(kills, slots, seed):
-    content, _ = SWEEPS[0]
-    with tempfile.TemporaryDirectory() as folder:
-        lab = Lab(Path(folder), wobbling(0.012, 1), **content)
-        for number, kill in enumerate(kills):
-            told = {(event["key"], event["epoch"]) for event in lab.events("stopped")}
-            try:
-                lab.run(slots, seed + number, kill_in=kill)
-            except Killed:
-                continue
-        race = lab.run(slots, seed)
-        ended = {(run.id, len(run.rows)) for run in race.runs.values() if run.state == "stopped"}
-        assert told <= ended == {(event["key"], event["epoch"]) for event in lab.events("stopped")}
-        assert decision_of(race)["winner"] == "A"
-        assert all(lab.trained[run.key] == len(run.trajectory.rows()) for run in race.runs.values())
-
-
-def test_a_worker_that_dies_before_its_report_loses_nothing(lab):
-    """Its last epoch is stored; the next worker finds the run at its end, or goes on from there."""
-    here = lab({"A": 0.1, "C": 0.2}, asha={"grace_epochs": 3})
-    race = here.race()
-    first, second = race.next(), race.next()
-    for run, epochs in ((first, 2), (second, 2)):
-        for _ in range(epochs):
-            assert not here.step(race, run)
-    put(first.trajectory, [row_of(epoch, value) for epoch, value in enumerate(levels(first.config), start=1)])
-    assert here.step(race, first) and (first.state, len(first.rows)) == ("completed", 8)
-    put(second.trajectory, [row_of(epoch, value) for epoch, value in enumerate(levels(second.config)[:3], start=1)])
-    assert here.step(race, second)                           # reports epoch 4; the rung at 3 was missed
-    assert (second.state, len(second.rows)) == ("stopped", 3)
-
-
-KEYS = st.sampled_from(["event", "key", "epoch", "value", "cutoff", "best", "beaten_by", "metric", "settings", "space"])
-PLAIN = st.one_of(st.none(), st.integers(-2, 20), st.floats(), st.text(max_size=3))
-KINDS = st.sampled_from(["stopped", "continued", "passed", "suggested", "space exhausted", "val/mse"])
-VALUES = st.one_of(KINDS, PLAIN, st.lists(PLAIN, max_size=2), st.dictionaries(st.sampled_from([KNOB, "x"]), PLAIN))
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.one_of(st.dictionaries(KEYS, VALUES), VALUES), max_size=8))
-def test_broken_events_are_passed_over(broken):
-    space = {KNOB: {"type": "float", "low": 0.1, "high": 0.2}}
-    with tempfile.TemporaryDirectory() as folder:
-        lab = Lab(Path(folder), arms=arms({"A": 0.1, "C": 0.2}), space=space, search={"trials": 3})
-        key = key_of(lab.arms[1].config)
-        (lab.folder.path / "events.jsonl").write_text(
-            "".join(json.dumps({**event, "key": key} if isinstance(event, dict) and "key" in event else event) + "\n"
-                    for event in broken) + '{"half a li')
-        race = lab.race()
-        assert {run.state for run in race.runs.values()} == {"waiting"} and 2 <= len(race.trials) <= 3
-
-
-# Beyond the arms ------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("algorithm", ["tpe", "random", "grid"])
-@pytest.mark.parametrize("slots", [1, 3])
-def test_a_space_is_searched_after_the_arms(lab, algorithm, slots):
-    space = {KNOB: {"type": "float", "low": 0.05, "high": 0.5, "steps": 5}}
-    here = lab({"A": 0.1, "C": 0.2}, space=space, search={"algorithm": algorithm, "trials": 6})
-    race = here.run(slots)
-    assert [trial.candidate.name for trial in race.trials] == ["A", "C", "S001", "S002", "S003", "S004"]
-    started = [event["trial"] for event in here.events("started")]
-    assert started[:2] == ["A_seed42", "C_seed42"]
-    points = [event["settings"][KNOB] for event in here.events("suggested")]
-    assert points == [trial.run.config.train.weight_decay for trial in race.trials[2:]] and len(set(points)) == 4
-    assert all(0.05 <= point <= 0.5 for point in points)
-    again = here.race()
-    assert again.idle and states(again) == states(race)
-    more = lab({"A": 0.1, "C": 0.2}, space=space, search={"algorithm": algorithm, "trials": 7})
-    assert not more.race().idle and len(more.run(slots).runs) == 7
-
-
-@pytest.mark.parametrize("algorithm", ["tpe", "random", "grid"])
-def test_an_exhausted_space_ends(lab, algorithm):
-    """Three values, one of them an arm's; ten trials asked for."""
-    space = {KNOB: {"type": "choice", "choices": [0.1, 0.15, 0.2]}}
-    here = lab({"A": 0.1}, space=space, search={"algorithm": algorithm, "trials": 10})
-    race = here.run(slots=2)
-    assert sorted(run.config.train.weight_decay for run in race.runs.values()) == [0.1, 0.15, 0.2]
-    assert here.race().idle                                              # no worker is needed to find it so again
-    assert len(here.events("space exhausted")) == 1
-    wider = lab({"A": 0.1}, space={KNOB: {"type": "choice", "choices": [0.1, 0.15, 0.2, 0.25]}},
-                search={"algorithm": algorithm, "trials": 10})
-    assert not wider.race().idle and len(wider.run().trials) == 4
-
-
-def test_a_grid_goes_on_behind_all_that_is_known(lab):
-    space = {KNOB: {"type": "float", "low": 0.1, "high": 0.5, "steps": 130}}
-    grid = {"algorithm": "grid", "trials": 120}
-    assert len(lab(None, space=space, search=grid, config={"train": {"epochs": 1}}).run().trials) == 120
-    race = lab(None, space=space, search={**grid, "trials": 125}, config={"train": {"epochs": 1}}).run()
-    assert len(race.runs) == 125
-
-
-def test_a_point_that_an_arm_is_already_is_not_trained_again(lab):
-    space = {KNOB: {"type": "choice", "choices": [0.1, 0.2]}, "loss.kl": {"type": "float", "low": 0.1, "high": 1.0}}
-    here = lab({"A": 0.1}, space=space, search={"algorithm": "random", "trials": 5})
-    race = here.run()
-    assert len(race.runs) == 2 and sum(here.trained.values()) == sum(len(run.rows) for run in race.runs.values())
-
-
-def test_points_whose_settings_do_not_go_together_are_drawn_again(lab):
-    """Every loss weight may be 0, but not all of them."""
-    space = {key: {"type": "choice", "choices": [0.0, 1.0]} for key in ("loss.mse", "loss.l1")}
-    curve = lambda config: [0.1 + config.loss.mse] * 8                                        # noqa: E731
-    for algorithm in ("grid", "random", "tpe"):
-        search = {"algorithm": algorithm, "trials": 9}
-        race = lab(None, curve, space=space, search=search, config={"loss": {"l1": 1.0}}).run()
-        assert {(run.config.loss.mse, run.config.loss.l1) for run in race.runs.values()} == {(0, 1), (1, 0), (1, 1)}
-
-
-def test_points_of_another_space_are_left(lab):
-    space = {KNOB: {"type": "float", "low": 0.1, "high": 0.5}}
-    search = {"algorithm": "random", "trials": 3}
-    lab(None, space=space, search=search).run()
-    two = {**space, "loss.l1": {"type": "float", "low": 0.1, "high": 0.5}}
-    race = lab(None, space=two, search=search).run()
-    assert [len(trial.candidate.settings) for trial in race.trials] == [2, 2, 2]
-
-
-def test_sampled_points_can_be_finalists_and_picked(lab):
-    space = {KNOB: {"type": "float", "low": 0.1, "high": 0.5, "steps": 3}}
-    race = lab({"A": 0.1001}, space=space, search={"algorithm": "grid", "trials": 4},
-               decision={"repeats": 2, "pick": "S003", "because": "a test"}).run()
-    assert [trial.name for trial in race.trials[4:]] == ["A_seed43", "S001_seed43", "S003_seed43"]
-    assert decision_of(race)["winner"] == "S003"
 
 
 # The figures ----------------------------------------------------------------------------------------------------------

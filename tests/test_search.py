@@ -43,7 +43,7 @@ def points_of(here: Lab) -> list[dict]:
 def told(race) -> list[tuple]:
     """The study's trials: parameters, state, value, intermediate values."""
     return [(trial.params, trial.state, trial.value, trial.intermediate_values)
-            for trial in race.searcher.study.get_trials(deepcopy=False)]
+            for trial in race.points.searcher.study.get_trials(deepcopy=False)]
 
 
 def by_knob(race) -> dict[float, tuple]:
@@ -82,7 +82,7 @@ def test_values_are_those_that_the_decision_would_read(lab):
                 ((0.5, math.nan), (0.4, 0.3), (0.45, 0.9), (0.2, 0.5), *[(0.3, 0.99)] * 4)]
 
     race = lab(curve, arms={"A": {KNOB: 0.1}}, trials=2, objective={"metric": "val/ssim"}).run()
-    assert race.searcher.study.direction.name == "MAXIMIZE"
+    assert race.points.searcher.study.direction.name == "MAXIMIZE"
     assert by_knob(race)[0.1] == [COMPLETE, 0.5, {2: 0.3, 3: 0.3, 4: 0.5, 5: 0.5, 6: 0.5, 7: 0.5, 8: 0.5}]
 
 
@@ -391,7 +391,7 @@ def weighed(config):
 @pytest.mark.parametrize("algorithm", ["tpe", "gp"])
 def test_both_the_objective_and_what_is_preferred_are_searched(lab, algorithm):
     race = lab(weighed, arms={"A": {KNOB: 0.1}}, algorithm=algorithm, trials=3, asha=False, **BOTH).run()
-    study = race.searcher.study
+    study = race.points.searcher.study
     assert [direction.name for direction in study.directions] == ["MINIMIZE", "MAXIMIZE"]
     assert [trial.values for trial in study.get_trials(deepcopy=False)] == [
         pytest.approx([(0.1 + run.config.train.weight_decay) * 1.125, 0.5 + run.config.train.weight_decay])
@@ -416,7 +416,7 @@ def test_two_objectives_stopped_and_without_the_second_figure(lab):
 
     arms = {"A": {KNOB: 0.1}, "B": {KNOB: 0.12}, "stopped": {KNOB: 0.45}, "without": {KNOB: 0.15}}
     race = lab(curve, arms=arms, trials=5, asha={"margin": 0.5}, **BOTH).run()
-    found = {trial.params[KNOB]: trial for trial in race.searcher.study.get_trials(deepcopy=False)}
+    found = {trial.params[KNOB]: trial for trial in race.points.searcher.study.get_trials(deepcopy=False)}
     assert found[0.45].state == PRUNED and found[0.45].user_attrs["val/mse"] == [pytest.approx(1.1)]
     assert found[0.15].state == COMPLETE
     assert found[0.15].values == pytest.approx([0.25 * 1.125, 0.6])        # the worst so far, as the rule ranks it last

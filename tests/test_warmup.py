@@ -220,7 +220,7 @@ def test_the_searcher_learns_counted_epochs_only(tmp_path):
               config={"model": {"variational": True},
                       "loss": {"kl": 1e-3, "kl_schedule": "linear", "kl_warmup_epochs": 3}}, asha=False)
     race = lab.run()
-    told = race.searcher.study.get_trials(deepcopy=False)
+    told = race.points.searcher.study.get_trials(deepcopy=False)
     assert len(told) >= 4
     for trial in told:
         assert trial.value == pytest.approx(trial.params[KNOB])

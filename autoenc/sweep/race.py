@@ -6,28 +6,22 @@ down.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from autoenc import figures
-from autoenc.config import Config, make_config
-from autoenc.errors import InputError
+from autoenc.config import Config
 from autoenc.files import content_hash
 from autoenc.sweep.asha import Rungs, Stop, excess, rung_epochs, within
 from autoenc.sweep.finalists import finalists, next_seeds
-from autoenc.sweep.inherit import Candidate, make_candidate, reseeded
+from autoenc.sweep.inherit import Candidate, reseeded
 from autoenc.sweep.parts import Asha
 from autoenc.sweep.past import Past
-from autoenc.sweep.search import Searcher, sampled_names
-from autoenc.sweep.space import project
+from autoenc.sweep.points import Points
 from autoenc.sweep.spec import Spec
 from autoenc.sweep.standing import Run, Standing, Trial
 from autoenc.table import Row
 from autoenc.trajectory import Trajectory, collapse, divergence, own_end
-
-DRAWS = 100                          # points drawn in vain (all known already) before a space counts as exhausted
 
 
 class Race(Standing):
@@ -46,24 +40,18 @@ class Race(Standing):
         self.trials: list[Trial] = []
         self.runs: dict[str, Run] = {}
         self.retry = retry               # whether trajectories that failed before are tried again
-        self.searcher: Searcher | None = None            # made for the first draw: Optuna takes its time to load
         self._trajectory_key = key_of
         self._seeds = 1                  # that all who are still in the race have been given
         self._past = Past(past)
-        self._first_points = first_points
-        self._drawn = 0                  # points that earlier runs drew
-        self._given = 0                  # those of the first points that were entered
-        self._space = content_hash([spec.content["space"], dict(start), spec.search.algorithm, spec.search.seed])
-        self.exhausted = self._past.told("space exhausted", space=self._space)
         asha = spec.asha
         self.margin = max(spec.decision.share, asha.margin if asha else 0.0)
         epochs = max((arm.config.train.epochs for arm in arms), default=start["train.epochs"])
         self.rungs = Rungs(rung_epochs(asha.grace_epochs, asha.reduction_factor, epochs) if asha else [],
                            asha.reduction_factor if asha else 2, self.margin, spec.objective.direction)
-        self._arms = tuple(arm.name for arm in arms)
         for candidate in arms:
             self._enter(candidate)
-        for point in self._drawn_before():
+        self.points = Points(self, tuple(arm.name for arm in arms), self._past, first_points)
+        for point in self.points.drawn_before():
             self._enter(point)
         self._take_over()
 
@@ -73,7 +61,8 @@ class Race(Standing):
         """The next run that a worker should take; None while there is none, for now or (``done``) for good."""
         while True:
             run = next((run for run in self.runs.values() if run.state == "waiting"), None)
-            if run is None and self._draw():
+            if run is None and (point := self.points.next()) is not None:
+                self._settle(self._enter(point))
                 continue
             if run is None and self._repeat():
                 continue
@@ -85,12 +74,12 @@ class Race(Standing):
     @property
     def done(self) -> bool:
         """Whether nothing runs, waits, or could still be asked for."""
-        return self._all_ended and self._seeds >= self.spec.decision.repeats and not self._wants_points
+        return self._all_ended and self._seeds >= self.spec.decision.repeats and not self.points.wanted
 
     @property
     def idle(self) -> bool:
         """Whether the store already holds all that is asked for, so that no worker is needed."""
-        due = self.retry and self._wants_points
+        due = self.retry and self.points.wanted
         while not due and self._all_ended and self._repeat():
             pass
         return not due and self._all_ended
@@ -98,79 +87,6 @@ class Race(Standing):
     @property
     def _all_ended(self) -> bool:
         return all(run.ended for run in self.runs.values())
-
-    @property
-    def _sampled(self) -> int:
-        return len({trial.candidate.name for trial in self.trials} - set(self._arms))
-
-    @property
-    def _wants_points(self) -> bool:
-        return bool(self.spec.space) and not self.exhausted and len(self._arms) + self._sampled < self.spec.trials
-
-    def _draw(self) -> bool:
-        """Enter one sampled point; False when no more are due."""
-        if not self._wants_points:
-            return False
-        searcher = self._search()
-        if self._take_first_point(searcher):
-            return True
-        for _ in itertools.count() if self.spec.search.algorithm == "grid" else range(DRAWS):
-            drawn = searcher.draw()
-            if drawn is None:
-                break
-            point, optuna_trial = drawn
-            candidate = self._candidate(point)
-            twin = candidate and self.runs.get(self.key_of(candidate.config))
-            if candidate is None:
-                searcher.refuse(optuna_trial)
-            elif twin:                           # known already: its result is learnt from, not trained again
-                known = next(trial.candidate for trial in self.trials if trial.run is twin)
-                searcher.assign(known, optuna_trial)
-                if twin.ended:
-                    self._tell(known, twin)
-            else:
-                searcher.assign(candidate, optuna_trial)
-                self.emit(event="suggested", name=candidate.name, settings=point)
-                self._settle(self._enter(candidate))
-                return True
-        self.exhausted = True
-        self.emit(event="space exhausted", candidates=len(self.runs), space=self._space)
-        return False
-
-    def _take_first_point(self, searcher: Searcher) -> bool:
-        """Enter the next of the first points that is one of the space, and neither the start nor known. They have a
-        third of all points at most: those around an older optimum are not to leave nothing for the search."""
-        start, most = self.key_of(make_config(self.start, "start")), math.ceil((self.spec.trials - len(self._arms)) / 3)
-        for source, settings in self._first_points if self._given < most else ():
-            point = project(settings, self.spec.space, self.start)
-            candidate = self._candidate(point, source) if point is not None else None
-            if candidate is not None and self.key_of(candidate.config) not in {start, *self.runs}:
-                self._given += 1
-                searcher.know(candidate)
-                self.emit(event="suggested", name=candidate.name, settings=point, **{"from": source})
-                self._settle(self._enter(candidate))
-                return True
-        return False
-
-    def _search(self) -> Searcher:
-        """The searcher; at first it is told of every candidate so far, by its first seed."""
-        if self.searcher is None:
-            self.searcher = Searcher(self.spec, self.start, self._drawn)
-            for trial in self.trials:
-                if trial.seed == trial.candidate.config.train.seed:
-                    self.searcher.know(trial.candidate)
-                    if trial.run.ended:
-                        self._tell(trial.candidate, trial.run)
-        return self.searcher
-
-    def _candidate(self, point: Mapping[str, Any], source: Any = None) -> Candidate | None:
-        """A sampled point under the next free name; None where its settings do not go together. ``source``: where it
-        is from, if it was not drawn."""
-        taken, told = {trial.candidate.name for trial in self.trials}, f"runner-up of {source}" if source else ""
-        try:
-            return make_candidate(self.spec, self.start, next(sampled_names(taken)), point, told)
-        except InputError:
-            return None
 
     def _repeat(self) -> bool:
         """Give the finalists further seeds, one after another. False when no more are due, for now."""
@@ -262,7 +178,7 @@ class Race(Standing):
                 self.rungs.unfit.add(run.id)
         else:
             self.rungs.forget(run.id)
-        self._learn(run)
+        self.points.learn(run)
         self._continue_unbeaten()
 
     def reopen(self, run: Run, epoch: int) -> None:
@@ -307,7 +223,7 @@ class Race(Standing):
         behind = excess(stop.value, stop.best, self.rungs.mode)
         run.note = (f"stopped at epoch {stop.epoch}: {self.spec.objective.metric} {stop.value:.4g}, "
                     f"{behind:.1%} behind the best there ({stop.best:.4g}), margin {self.margin:.1%}")
-        self._learn(run)
+        self.points.learn(run)
 
     def _continue_unbeaten(self) -> None:
         """Stops are undone whose every better trial has failed since: nothing that stands beat those."""
@@ -318,9 +234,7 @@ class Race(Standing):
     def _continue(self, run: Run, stop: Stop) -> None:
         run.state, run.stop, run.note = "waiting", None, ""
         self._say("continued", run, epoch=stop.epoch)
-        for trial in self.trials:
-            if trial.run is run and self.searcher is not None:       # it was told of the stop: one more trial to it
-                self.searcher.know(trial.candidate)
+        self.points.know_again(run)
         run.read()
         self._settle(run)
 
@@ -406,28 +320,5 @@ class Race(Standing):
                 if math.isfinite(value):
                     self.rungs.record(run.id, epoch, value, fit=self._fit(run, epoch))
 
-    def _drawn_before(self) -> Iterable[Candidate]:
-        """The points that earlier runs drew from the same space, as many as this sweep still wants."""
-        for point, source in self._past.points():
-            fits = project(point, self.spec.space, self.start) == point
-            candidate = self._candidate(point, source) if fits else None
-            if candidate is not None and len(self._arms) + self._sampled < self.spec.trials:
-                self._drawn += source is None
-                self._given += source is not None
-                yield candidate
-
     def _say(self, event: str, run: Run, **more: Any) -> None:
         self.emit(event=event, trial=self.name_of(run), key=run.id, **more)
-
-    def _learn(self, run: Run) -> None:
-        for trial in self.trials:
-            if trial.run is run:
-                self._tell(trial.candidate, run)
-
-    def _tell(self, candidate: Candidate, run: Run) -> None:
-        if self.searcher is not None:
-            values = [self.score(run, epoch) for epoch in range(1, len(run.rows) + 1)]
-            if values and self.spec.objective.metric in figures.AFTER_TRAINING:
-                values[-1] = self.score(run)
-            second = [self.figures_of(run).get(item.metric, math.nan) for item in self.searcher.objectives[1:]]
-            self.searcher.tell(candidate, run.state, values, *second)
