@@ -78,22 +78,21 @@ def best_epoch(values: Sequence[float], mode: str, first: int = 1) -> int:
     return best
 
 
-def patience_over(values: Sequence[float], mode: str, patience: int | None, min_delta: float = 0.0,
-                  first: int = 1) -> bool:
-    """Whether training would have ended with or before the last of these values (one an epoch).
+def patience_end(values: Sequence[float], mode: str, patience: int | None, min_delta: float = 0.0,
+                 first: int = 1) -> int | None:
+    """The epoch (1-based) with which patience ends a training of these values, one an epoch; None where it does not.
 
     It ends after ``patience`` epochs in a row none of which improved on the best by more than ``min_delta``
-    (None: never). NaN is no improvement. Once over it stays over, whatever follows. Epochs before ``first`` are left
-    out.
+    (None: never). NaN is no improvement. Epochs before ``first`` are left out.
     """
     if patience is None:
-        return False
+        return None
     best, waited = math.nan, 0
-    for value in values[first - 1:]:
+    for epoch, value in enumerate(values[first - 1:], start=first):
         if better(mode, value + min_delta if mode == "min" else value - min_delta, best):
             best, waited = value, 0
         else:
             waited += 1
         if waited >= patience:
-            return True
-    return False
+            return epoch
+    return None

@@ -179,7 +179,7 @@ def _epochs(run: _Run, done: int, history: Sequence[Mapping[str, float]]) -> Ite
     first = run.config.counted_from
     values = [row.get(settings.monitor, math.nan) for row in history]
     for epoch in range(done + 1, settings.epochs + 1):
-        if figures.patience_over(values, mode, settings.patience, settings.min_delta, first):
+        if figures.patience_end(values, mode, settings.patience, settings.min_delta, first) is not None:
             return
         start = time.perf_counter()
         for group in run.optimizer.param_groups:
@@ -323,10 +323,11 @@ def main(arguments: list[str]) -> int:
     from pathlib import Path
 
     from autoenc.config import check_own, load_config
+    from autoenc.course import best_row, collapse, divergence
     from autoenc.custom import said_of
     from autoenc.data import prepare
     from autoenc.interop import check_counts, load_experiment
-    from autoenc.trajectory import Trajectory, best_row, collapse, divergence, trajectory_key
+    from autoenc.trajectory import Trajectory, trajectory_key
 
     parser = argparse.ArgumentParser(prog="python -m autoenc.train",
                                      description="Train one configuration to its end.")

@@ -18,20 +18,19 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import platform
 import shutil
 import socket
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoenc import figures
 from autoenc.config import Config, flatten, make_config
-from autoenc.doctor import LASTING, lasting_collapse
+from autoenc.course import best_epoch, best_row, collapsed_at, failure, own_end
 from autoenc.errors import InputError
 from autoenc.files import content_hash, is_whole_zip, remove_leftovers, replacing, write_atomic
 from autoenc.table import Row, append_row, csv_text, parse_rows, read_text
@@ -56,60 +55,6 @@ def trajectory_key(config: Config, fingerprint: str, device_kind: str) -> str:
     return content_hash({"format": FORMAT, "config": config.identity(), "data": fingerprint, "device": device_kind})
 
 
-def own_end(rows: Sequence[Row], config: Config) -> int | None:
-    """The epoch at which this configuration's budget, patience or a lasting collapse (``train.stop_on_collapse``) ends
-    a training; None where the rows end earlier. Patience begins with the first epoch that counts."""
-    mode, first = figures.MODES[config.train.monitor], config.counted_from
-    values = _monitored(rows[:config.train.epochs], config)
-    ends = [config.train.epochs, collapsed_at(rows, config)]
-    patience = config.train.patience
-    if patience is not None:
-        ends.append(next((epoch for epoch in range(first, len(values) + 1) if figures.patience_over(
-            values[:epoch], mode, patience, config.train.min_delta, first)), None))
-    return min((end for end in ends if end is not None and end <= len(rows)), default=None)
-
-
-def collapsed_at(rows: Sequence[Row], config: Config) -> int | None:
-    """The epoch at which a collapse of the latent ended this training, where the configuration lets it."""
-    if not (config.train.stop_on_collapse and config.model.variational):
-        return None
-    return lasting_collapse(rows[:config.train.epochs], config.counted_from)
-
-
-def collapse(rows: Sequence[Row], config: Config) -> str:
-    """Such a collapse in words; empty where there was none."""
-    epoch = collapsed_at(rows, config)
-    return "" if epoch is None else (f"collapsed: no dimension of the latent active in epochs {epoch - LASTING + 1} to "
-                                     f"{epoch}, ended there (train.stop_on_collapse)")
-
-
-def best_row(rows: Sequence[Row], config: Config) -> Row | None:
-    """The row of the best epoch by the monitored figure, of those that count, within the configuration's own end."""
-    rows = rows[:own_end(rows, config) or len(rows)]
-    best = _best_epoch(rows, config)
-    return rows[best - 1] if best else None
-
-
-def _monitored(rows: Sequence[Row], config: Config) -> list[float]:
-    return [row.get(config.train.monitor, math.nan) for row in rows]
-
-
-def divergence(diverged: Mapping[str, Any]) -> str:
-    """A divergence in words."""
-    return f"diverged at epoch {diverged['epoch']}, step {diverged['step']}: {diverged['what']} not finite"
-
-
-def failure(error: Exception, config: Config) -> str:
-    """What the training code raised, in a line; for memory that ran out, with what to change."""
-    first = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in first:
-        settings, where = config.train, "GPU memory" if "CUDA" in first else "memory"
-        return (f"out of {where} with train.batch_size {settings.batch_size} and model.base_channels "
-                f"{config.model.base_channels}: make one of them smaller, or train.precision bf16, or let fewer trials "
-                f"share a device (resources.gpus: 1) ({first})")
-    return first
-
-
 def _are_rows(rows: list[Any], epochs: int) -> bool:
     """Whether these are the rows of so many epochs."""
     plain = all(isinstance(row, dict) and all(isinstance(name, str) and type(value) in (int, float)
@@ -126,11 +71,6 @@ def _is_of(kind: Any, value: Any) -> bool:
     if kind is str:
         return isinstance(value, str) and not UNWRITABLE.search(value)
     return type(value) is kind is float or (type(value) is int and 0 <= value < 2**63)
-
-
-def _best_epoch(rows: Sequence[Row], config: Config) -> int:
-    """Of all epochs in the table that count, whatever the configuration's own end."""
-    return figures.best_epoch(_monitored(rows, config), figures.MODES[config.train.monitor], config.counted_from)
 
 
 def _figures_name(epoch: int, normalized: bool) -> str:
@@ -235,7 +175,7 @@ class Trajectory:
             if (resume["epoch"] if resume else 0) < len(rows):
                 for result in self._again(config, dataset, device, len(rows), resume):
                     yield rows[result.epoch - 1]
-                resume = result.state() | {"rows": rows, "best": _best_epoch(rows, config)}
+                resume = result.state() | {"rows": rows, "best": best_epoch(rows, config)}
                 self._save_latest(resume)
             # The best within a budget that has ended stays: a decision may rest on it. So do those kept before.
             best = resume["best"] if resume else 0
@@ -273,7 +213,7 @@ class Trajectory:
         for result in self._again(config, dataset, device, epoch):
             if result.epoch == epoch:
                 state = result.state(copy=False)
-                self._save_best(state) if epoch == _best_epoch(self.rows(), config) else self._save_weights(state)
+                self._save_best(state) if epoch == best_epoch(self.rows(), config) else self._save_weights(state)
             yield {"epoch": result.epoch, "seconds": result.seconds, **result.metrics}
 
     def _again(self, config: Config, dataset: Dataset, device: str, epochs: int,

@@ -11,13 +11,14 @@ from typing import Any
 import yaml
 
 from autoenc.config import Config
+from autoenc.course import divergence, own_end
 from autoenc.sweep.decide import decide
 from autoenc.sweep.inherit import arm_candidates, load_chain, starting_point
 from autoenc.sweep.race import Race
 from autoenc.sweep.standing import Run
 from autoenc.sweep.store import Store, SweepFolder
 from autoenc.table import csv_text
-from autoenc.trajectory import Trajectory, divergence, own_end, trajectory_key
+from autoenc.trajectory import Trajectory, trajectory_key
 
 KNOB = "train.weight_decay"            # what the arms of these tests vary: any setting that is part of the identity
 Curve = Callable[[Config], Sequence[Any]]

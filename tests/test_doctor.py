@@ -17,6 +17,7 @@ from pages import Sweep
 from racing import Lab, decision_of, states
 
 from autoenc.checkpoint import build_model
+from autoenc.course import own_end
 from autoenc.doctor import COLLAPSED, HEALTHY, IGNORED, LASTING, PARTLY, WORDS, Signs, diagnose, has_collapsed, signs_of
 from autoenc.evaluation.posterior import posterior_figures
 from autoenc.figures import OF_POSTERIORS
@@ -25,7 +26,7 @@ from autoenc.sweep.final import remarks
 from autoenc.sweep.store import Store
 from autoenc.sweep.work import Task, work
 from autoenc.train import train
-from autoenc.trajectory import Trajectory, own_end
+from autoenc.trajectory import Trajectory
 
 torch.set_num_threads(1)
 

@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from torch.nn.functional import mse_loss
 
 from autoenc.checkpoint import build_model, load_model, read_checkpoint
+from autoenc.course import best_row, own_end
 from autoenc.errors import InputError
 from autoenc.metrics import to_unit
 from autoenc.model import derived_seed
 from autoenc.schedule import kl_weight
 from autoenc.train import main, train
-from autoenc.trajectory import Trajectory, best_row, own_end
+from autoenc.trajectory import Trajectory
 from autoenc.yamlfile import dump_yaml
 
 torch.set_num_threads(1)

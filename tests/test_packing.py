@@ -211,7 +211,7 @@ def test_a_piece_is_trained_and_measured_like_the_whole(monkeypatch):
 def test_memory_that_ran_out_is_told_from_other_failures():
     import torch
 
-    from autoenc.trajectory import failure
+    from autoenc.course import failure
 
     config = small_config()
     for error, ours in ((torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), True),

@@ -335,23 +335,24 @@ def test_best_epoch(values, mode):
 
 @given(VALUES, st.sampled_from(["min", "max"]), st.integers(1, 4), st.floats(0, 2))
 def test_patience(values, mode, patience, min_delta):
-    over = [figures.patience_over(values[:end], mode, patience, min_delta) for end in range(len(values) + 1)]
-    assert over == sorted(over)                                            # once over, it stays over
-    assert not any(over[:patience])
-    assert not figures.patience_over(values, mode, None, min_delta)
+    ends = [figures.patience_end(values[:end], mode, patience, min_delta) for end in range(len(values) + 1)]
+    end = ends[-1]
+    assert ends == [end if end and end <= count else None for count in range(len(values) + 1)]      # over for good
+    assert figures.patience_end(values, mode, None, min_delta) is None
     mirrored = [-value for value in values]
-    assert over[-1] == figures.patience_over(mirrored, "max" if mode == "min" else "min", patience, min_delta)
-    if True in over and min_delta == 0:
-        end = over.index(True)
+    assert end == figures.patience_end(mirrored, "max" if mode == "min" else "min", patience, min_delta)
+    if end and min_delta == 0:
         waited, earlier = values[end - patience:end], [value for value in values[:end - patience] if value == value]
         pick = min if mode == "min" else max
         assert not any(figures.better(mode, value, pick(earlier)) if earlier else value == value for value in waited)
+    if end:
+        assert end >= patience and figures.patience_end(values, mode, patience, min_delta, first=end + 1) != end
 
 
 def test_patience_counts_only_gains_above_min_delta():
     creeping = [1.0, 0.95, 0.9, 0.85, 0.8]
-    assert figures.patience_over(creeping, "min", 3, min_delta=0.2)
-    assert not figures.patience_over(creeping, "min", 3, min_delta=0.08)
+    assert figures.patience_end(creeping, "min", 3, min_delta=0.2) == 4
+    assert figures.patience_end(creeping, "min", 3, min_delta=0.08) is None
 
 
 # Learning rates, averages ---------------------------------------------------------------------------------------------

@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoenc.checkpoint import load_model, read_checkpoint
+from autoenc.course import best_row, failure, own_end
 from autoenc.errors import InputError
 from autoenc.table import csv_text
-from autoenc.trajectory import Superseded, Trajectory, best_row, failure, own_end, trajectory_key
+from autoenc.trajectory import Superseded, Trajectory, trajectory_key
 
 torch.set_num_threads(1)
 

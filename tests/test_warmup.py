@@ -15,13 +15,14 @@ from racing import KNOB, Lab, decision_of, states
 from sweepfiles import load, refused, write
 
 from autoenc.config import make_config
+from autoenc.course import best_row, own_end
 from autoenc.errors import InputError
 from autoenc.figures import best_epoch
 from autoenc.sweep.inherit import arm_candidates, load_chain, parse_override, starting_point
 from autoenc.sweep.spec import Spec
 from autoenc.sweep.warmup import Budget
 from autoenc.train import train
-from autoenc.trajectory import Trajectory, best_row, own_end
+from autoenc.trajectory import Trajectory
 
 VAE = {"model": {"variational": True}, "loss": {"kl": 1e-3}}
 LINEAR = {"loss.kl_schedule": "linear", "loss.kl_warmup_epochs": 5}

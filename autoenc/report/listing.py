@@ -9,10 +9,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from autoenc.config import load_config
+from autoenc.course import own_end
 from autoenc.errors import InputError
 from autoenc.report.index import Entry, entries, read_decision
 from autoenc.report.page import number
-from autoenc.trajectory import Trajectory, own_end
+from autoenc.trajectory import Trajectory
 
 STATES = {"decided": ("done", "green"), "running": ("running", "cyan"), "unfinished": ("resumable", "yellow"),
           "no winner": ("no winner", "red"), "broken": ("broken", "red")}

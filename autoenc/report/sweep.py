@@ -10,6 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from autoenc.config import DataConfig, make_config
+from autoenc.course import collapsed_at
 from autoenc.errors import InputError
 from autoenc.files import write_atomic
 from autoenc.report import candidates, curves, intervals, pictures, posteriors, searched, tradeoffs
@@ -22,7 +23,6 @@ from autoenc.sweep.inherit import Winner, read_winner
 from autoenc.sweep.plan import improving_margin, rule_in_words
 from autoenc.sweep.race import Race
 from autoenc.sweep.words import percent
-from autoenc.trajectory import collapsed_at
 from autoenc.yamlfile import dump_yaml
 
 SPLIT_WORDS = {"mse": "Mean squared error", "splats": "Error of the splats (loss.splats)"}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from autoenc.config import Config
+from autoenc.course import collapse, divergence, own_end
 from autoenc.files import content_hash
 from autoenc.sweep.asha import Rungs, Stop, excess, rung_epochs, within
 from autoenc.sweep.finalists import finalists, next_seeds
@@ -21,7 +22,7 @@ from autoenc.sweep.points import Points
 from autoenc.sweep.spec import Spec
 from autoenc.sweep.standing import Run, Standing, Trial
 from autoenc.table import Row
-from autoenc.trajectory import Trajectory, collapse, divergence, own_end
+from autoenc.trajectory import Trajectory
 
 
 class Race(Standing):

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 
 from autoenc import figures
 from autoenc.config import Config
+from autoenc.course import best_row, collapsed_at, own_end
 from autoenc.sweep.asha import Stop, excess, within
 from autoenc.sweep.inherit import Candidate
 from autoenc.sweep.records import Record
 from autoenc.sweep.spec import Spec
 from autoenc.table import Row
-from autoenc.trajectory import FINISHED, Trajectory, best_row, collapsed_at, own_end
+from autoenc.trajectory import FINISHED, Trajectory
 
 NEAR = 0.05                      # of its best: where a training is as good as there
 ENDED = ("completed", "stopped", "diverged", "failed")

@@ -18,10 +18,11 @@ from filelock import SoftFileLease, Timeout
 
 from autoenc import figures
 from autoenc.config import Config, make_config
+from autoenc.course import best_row, divergence, failure, own_end
 from autoenc.errors import InputError
 from autoenc.files import write_atomic
 from autoenc.sweep.store import Store, owner_in_words
-from autoenc.trajectory import Superseded, Trajectory, best_row, divergence, failure, own_end
+from autoenc.trajectory import Superseded, Trajectory
 
 
 @dataclass(frozen=True)
