@@ -6,37 +6,37 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from autoenc import figures
-from autoenc.config import make_config
+from autoenc.config import Config, make_config
 from autoenc.errors import InputError
 from autoenc.files import content_hash
 from autoenc.sweep.inherit import Candidate, make_candidate
 from autoenc.sweep.past import Past
 from autoenc.sweep.search import Searcher, sampled_names
 from autoenc.sweep.space import project
-from autoenc.sweep.standing import Run
-
-if TYPE_CHECKING:
-    from autoenc.sweep.race import Race
+from autoenc.sweep.standing import Run, Standing
 
 DRAWS = 100                          # points drawn in vain (all known already) before a space counts as exhausted
 
 
 class Points:
-    def __init__(self, race: Race, arms: Sequence[str], past: Past,
-                 first_points: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-        """``arms``: their names, all in the race already; ``first_points``: settings, each with where it is from."""
+    def __init__(self, race: Standing, start: Mapping[str, Any], past: Past,
+                 first_points: Sequence[tuple[str, Mapping[str, Any]]], *, key_of: Callable[[Config], str],
+                 emit: Callable[..., None]) -> None:
+        """Of a race that its arms are in already. ``first_points``: settings, each with where it is from;
+        ``key_of(config)``: the id of the run that would serve it."""
         self.searcher: Searcher | None = None            # made for the first draw: Optuna takes its time to load
-        self._race, self._spec, self._start = race, race.spec, race.start
-        self._arms = frozenset(arms)
+        self._race, self._spec, self._start = race, race.spec, start
+        self._key_of, self._emit = key_of, emit
+        self._arms = len(race.trials)
         self._past, self._first_points = past, first_points
         self._drawn = 0                  # points that earlier runs drew
         self._given = 0                  # those of the first points that became candidates
         search = race.spec.search
-        self._space = content_hash([race.spec.content["space"], dict(race.start), search.algorithm, search.seed])
+        self._space = content_hash([race.spec.content["space"], dict(start), search.algorithm, search.seed])
         self._exhausted = past.told("space exhausted", space=self._space)
 
     @property
@@ -46,7 +46,7 @@ class Points:
 
     @property
     def _candidates(self) -> int:
-        return len(self._arms | {trial.candidate.name for trial in self._race.trials})
+        return len({trial.candidate.name for trial in self._race.trials})
 
     def drawn_before(self) -> Iterator[Candidate]:
         """The points that earlier runs tried of the same space, as many as this sweep still wants; each is to be in the
@@ -67,21 +67,21 @@ class Points:
         found = self._first_point(searcher) or self._draw(searcher)
         if found is None:
             self._exhausted = True
-            self._race.emit(event="space exhausted", candidates=len(self._race.runs), space=self._space)
+            self._emit(event="space exhausted", candidates=len(self._race.runs), space=self._space)
         return found
 
     def _first_point(self, searcher: Searcher) -> Candidate | None:
         """The next of the first points that is one of the space, and neither the start nor known. They have a third of
         all points at most: those around an older optimum are not to leave nothing for the search."""
-        race, most = self._race, math.ceil((self._spec.trials - len(self._arms)) / 3)
-        start = race.key_of(make_config(self._start, "start"))
+        most = math.ceil((self._spec.trials - self._arms) / 3)
+        start = self._key_of(make_config(self._start, "start"))
         for source, settings in self._first_points if self._given < most else ():
             point = project(settings, self._spec.space, self._start)
             candidate = self._candidate(point, source) if point is not None else None
-            if candidate is not None and race.key_of(candidate.config) not in {start, *race.runs}:
+            if candidate is not None and self._key_of(candidate.config) not in {start, *self._race.runs}:
                 self._given += 1
                 searcher.know(candidate)
-                race.emit(event="suggested", name=candidate.name, settings=point, **{"from": source})
+                self._emit(event="suggested", name=candidate.name, settings=point, **{"from": source})
                 return candidate
         return None
 
@@ -92,7 +92,7 @@ class Points:
                 break
             point, optuna_trial = drawn
             candidate = self._candidate(point)
-            twin = candidate and self._race.runs.get(self._race.key_of(candidate.config))
+            twin = candidate and self._race.runs.get(self._key_of(candidate.config))
             if candidate is None:
                 searcher.refuse(optuna_trial)
             elif twin:                           # known already: its result is learnt from, not trained again
@@ -102,7 +102,7 @@ class Points:
                     self._tell(known, twin)
             else:
                 searcher.assign(candidate, optuna_trial)
-                self._race.emit(event="suggested", name=candidate.name, settings=point)
+                self._emit(event="suggested", name=candidate.name, settings=point)
                 return candidate
         return None
 

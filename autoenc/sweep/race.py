@@ -51,7 +51,7 @@ class Race(Standing):
                            asha.reduction_factor if asha else 2, self.margin, spec.objective.direction)
         for candidate in arms:
             self._enter(candidate)
-        self.points = Points(self, tuple(arm.name for arm in arms), self._past, first_points)
+        self.points = Points(self, start, self._past, first_points, key_of=self.key_of, emit=self.emit)
         for point in self.points.drawn_before():
             self._enter(point)
         self._take_over()
