@@ -231,10 +231,13 @@ class _Schedule(FIFOScheduler):
             ends = self.driver.take(self.driver.runs[trial.trial_id], result)
         return TrialScheduler.STOP if ends else TrialScheduler.CONTINUE
 
-    def choose_trial_to_run(self, tune_controller: Any) -> None:
-        """None: Tune starts all that wait, a new trial in a worker that is free. A trial that is named here gets that
-        worker even while one is being started for it, which Tune then ends: where to start all takes longer than a
-        trial (many slots, a slow file system), most workers would never train."""
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """The trial that gets the next free worker before others: one that lost its own. Tune starts all others that
+        wait, a new trial in a worker that is free. Named here, they would get that even while one is being started for
+        them, which Tune then ends: where to start all takes longer than a trial (many slots, a slow file system), most
+        workers would never train."""
+        return next((trial for trial in tune_controller.get_live_trials()
+                     if trial.status == "PENDING" and trial.num_failures), None)
 
 
 class _Restarts(tune.Callback):
