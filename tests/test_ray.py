@@ -26,6 +26,7 @@ from racing import KNOB, Lab, decision_of, key_of, levels, put, row_of, states
 from workers import simulated_worker
 
 from autoenc import load_config, load_model
+from autoenc.custom import Caller
 from autoenc.files import append_line
 from autoenc.sweep import doors
 from autoenc.sweep.store import Store
@@ -364,6 +365,33 @@ def test_workers_that_are_slow_to_start_are_waited_for(tmp_path, cluster, monkey
     assert race.done and {state for state, _ in states(race).values()} == {"completed"}
     started, trained = ((tmp_path / name).read_text().split() for name in ("started", "trained"))
     assert len(started) == slots and set(started) == set(trained)
+
+
+@pytest.mark.slow
+def test_what_waits_for_a_slot_comes_before_what_is_drawn_later(tmp_path, cluster, monkeypatch):
+    """Others hold all slots of the cluster but one."""
+    import ray
+
+    from autoenc.sweep import run_ray
+
+    class Telling(run_ray.TrialWorker):
+        def step(self):
+            append_line(self.output / "trained", f"{self.trajectory.folder.name}\n")
+            return super().step()
+
+    monkeypatch.setattr(run_ray, "TrialWorker", Telling)
+    lab = Lab(tmp_path, levels, arms={"A": {KNOB: 0.1}, "B": {KNOB: 0.2}}, asha=False,
+              search={"trials": 5, "algorithm": "random"}, space={KNOB: {"type": "float", "low": 0.2, "high": 0.25}})
+    race = lab.race()
+    others = ray.remote(num_cpus=int(ray.cluster_resources()["CPU"]) - 1)(Caller).remote()
+    try:
+        ray.get(others.__ray_ready__.remote())
+        run_ray.run(race, cluster, folder=lab.folder.path, output=tmp_path)
+    finally:
+        ray.kill(others)
+    assert race.done and len(race.trials) == 5
+    trained = dict.fromkeys((tmp_path / "trained").read_text().split())
+    assert list(trained) == [trial.run.key for trial in race.trials]
 
 
 @pytest.mark.slow

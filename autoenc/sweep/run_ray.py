@@ -232,12 +232,13 @@ class _Schedule(FIFOScheduler):
         return TrialScheduler.STOP if ends else TrialScheduler.CONTINUE
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """The trial that gets the next free worker before others: one that lost its own. Tune starts all others that
-        wait, a new trial in a worker that is free. Named here, they would get that even while one is being started for
-        them, which Tune then ends: where to start all takes longer than a trial (many slots, a slow file system), most
-        workers would never train."""
-        return next((trial for trial in tune_controller.get_live_trials()
-                     if trial.status == "PENDING" and trial.num_failures), None)
+        """The first trial that waits and has no worker on its way: it gets the next one that is free. Those that have
+        would get it, too, were they named here, and Tune would end what is being started for them: where to start all
+        takes longer than a trial (many slots, a slow file system), most workers would never train."""
+        controller = tune_controller._tune_controller                # of workers schedulers are told nothing
+        starts, worker_of = controller._actor_manager.is_actor_started, controller._trial_to_actor
+        return next((trial for trial in controller.get_trials()
+                     if trial.status == "PENDING" and not starts(worker_of.get(trial))), None)
 
 
 class _Restarts(tune.Callback):
