@@ -183,7 +183,8 @@ def joined(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {"machine": runs[-1]["machine"], "quick": any(run["quick"] for run in runs),
             "rows": [row | {"before": before(row)} for name in order for row in last[name]["rows"]
                      if row["benchmark"] == name],
-            "benchmarks": {name: last[name]["benchmarks"][name] for name in order}}
+            "benchmarks": {name: {"commit": last[name]["machine"]["commit"], **last[name]["benchmarks"][name]}
+                           for name in order}}
 
 
 if __name__ == "__main__":
