@@ -58,10 +58,12 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 def _notes(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     said = []
     for name, entry in found["benchmarks"].items():
-        rounds, at = entry["rounds"], entry.get("commit", found["machine"]["commit"])
-        words = [f"{rounds} round{'s' * (rounds != 1)} in {entry['seconds']:,.0f} s, "
-                 f"other work on {entry['load']:.1f} cores" + (f", commit {at}" if at != found["machine"]["commit"] else "")
-                 + (" (**measured under load**)" if entry["loaded"] else "")] if rounds else []
+        rounds, commit = entry["rounds"], entry.get("commit", found["machine"]["commit"])
+        words = [f"{rounds} round{'s' * (rounds != 1)} in {entry['seconds']:,.0f} s",
+                 f", other work on {entry['load']:.1f} cores",
+                 f", commit {commit}" if commit != found["machine"]["commit"] else "",
+                 " (**measured under load**)" if entry["loaded"] else ""]
+        words = ["".join(words)] if rounds else []
         words += [f"not run here: {entry['skipped']}"] if entry["skipped"] else []
         words += [f"failed after {entry['rounds']} rounds: {entry['failed']}"] if entry["failed"] else []
         words += [f"{key} {' / '.join(dict.fromkeys(map(_word, values)))}" for key, values in entry["notes"].items()]
