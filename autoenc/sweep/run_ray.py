@@ -234,7 +234,7 @@ class _Schedule(FIFOScheduler):
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """The first trial that waits and has no worker on its way: it gets the next one that is free. Those that have
         would get it, too, were they named here, and Tune would end what is being started for them: where to start all
-        takes longer than a trial (many slots, a slow file system), most workers would never train."""
+        takes longer than a trial (many slots, a slow file system), many workers would never train."""
         controller = tune_controller._tune_controller                # of workers schedulers are told nothing
         starts, worker_of = controller._actor_manager.is_actor_started, controller._trial_to_actor
         return next((trial for trial in controller.get_trials()
