@@ -23,6 +23,8 @@ DRAWS = 100                          # points drawn in vain (all known already) 
 
 
 class Points:
+    """Which point comes next, and what the search learns from it."""
+
     def __init__(self, race: Standing, start: Mapping[str, Any], past: Past,
                  first_points: Sequence[tuple[str, Mapping[str, Any]]], *, key_of: Callable[[Config], str],
                  emit: Callable[..., None]) -> None:
