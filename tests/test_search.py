@@ -1,3 +1,5 @@
+"""The search beyond the arms: what Optuna is told, what it draws, and the points of sweeps before."""
+
 from __future__ import annotations
 
 import contextlib

@@ -1,3 +1,5 @@
+"""A training on disk: what it leaves, what a kill may do to it, and what is broken in it."""
+
 from __future__ import annotations
 
 import csv
