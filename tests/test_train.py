@@ -345,8 +345,10 @@ def test_patience(values, mode, patience, min_delta):
         waited, earlier = values[end - patience:end], [value for value in values[:end - patience] if value == value]
         pick = min if mode == "min" else max
         assert not any(figures.better(mode, value, pick(earlier)) if earlier else value == value for value in waited)
-    if end:
-        assert end >= patience and figures.patience_end(values, mode, patience, min_delta, first=end + 1) != end
+    assert end is None or end >= patience
+    for first in range(1, len(values) + 2):         # what is left out counts for nothing but the number of the epoch
+        rest = figures.patience_end(values[first - 1:], mode, patience, min_delta)
+        assert figures.patience_end(values, mode, patience, min_delta, first) == (rest and rest + first - 1)
 
 
 def test_patience_counts_only_gains_above_min_delta():
