@@ -1,6 +1,6 @@
 """Measure this project against what a user would write instead, and against bare loops.
 
-    python tests/benchmarks/run.py                        all that needs no images of yours; 80 minutes
+    python tests/benchmarks/run.py                        all that needs no images of yours; 80 to 90 minutes
     python tests/benchmarks/run.py replay start           these
     python tests/benchmarks/run.py --list                 what there is
     python tests/benchmarks/run.py --json FILE            the figures of every round
